@@ -1,0 +1,79 @@
+"""What README.md names exists: files, links, make targets, commands with their flags, and imported names.
+
+Seen to catch: a misspelled file, `make tests`, `topkapi trian`, a flag that no command has, and a moved function.
+"""
+
+import ast
+import functools
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+README = re.sub(r"<!--.*?-->", "", (REPOSITORY / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+PROSE = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
+CODE = re.findall(r"`([^`\n]+)`", PROSE)
+SHELL_LINES = [line for kind, text in BLOCKS if kind == "sh" for line in text.replace("\\\n", " ").splitlines()]
+COMMANDS = [line.split(" #")[0].strip() for line in SHELL_LINES + CODE]
+PATH = re.compile(r"[\w.-]+(/[\w.-]*)+|[\w.-]+\.(py|md|txt|toml|yml|png)")
+MADE_BY_RUNNING = ("runs/", "RUN/", "~", "$", "/")
+
+
+def is_path(code: str) -> bool:
+    """Whether a piece of code in backticks names a file or folder of the repository."""
+    return PATH.fullmatch(code) is not None and not code.startswith(MADE_BY_RUNNING)
+
+
+@functools.cache
+def help_of(*words: str) -> str:
+    """What `topkapi WORDS --help` prints."""
+    ran = subprocess.run(
+        [sys.executable, "-c", "import sys; from topkapi.cli import main; sys.exit(main())", *words, "--help"],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, f"topkapi {shlex.join(words)} --help exits with {ran.returncode}:\n{ran.stdout}"
+    return ran.stdout
+
+
+def test_files_that_the_readme_names_exist():
+    paths = {code for code in CODE if is_path(code)}
+    links = {link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", PROSE) if "://" not in link}
+    assert paths
+    assert [name for name in sorted(paths | links) if not (REPOSITORY / name).exists()] == []
+
+
+def test_make_targets_that_the_readme_names_exist():
+    targets = set(re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = {word for command in COMMANDS if command.startswith("make ") for word in shlex.split(command)[1:]}
+    assert {"demo", "test"} <= named
+    assert {word for word in named if "=" not in word} - targets == set()
+
+
+@pytest.mark.parametrize("command", sorted({command for command in COMMANDS if command.startswith("topkapi ")}))
+def test_commands_and_flags_that_the_readme_names_exist(command):
+    words = shlex.split(command)[1:]
+    flags = [word.split("=")[0] for word in words if word.startswith("--")]
+    before_flags = words[: words.index(flags[0])] if flags else words
+    shown = help_of(*before_flags)
+    assert [flag for flag in flags if flag not in shown] == []
+
+
+def test_python_examples_import_what_exists():
+    examples = [ast.parse(text) for kind, text in BLOCKS if kind == "python"]
+    assert examples
+    for node in (node for example in examples for node in ast.walk(example)):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "topkapi":
+            module = importlib.import_module(node.module)
+            assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []

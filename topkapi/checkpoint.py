@@ -1,0 +1,100 @@
+"""Checkpoints of a run: all a trainer needs to go on exactly where it was.
+
+RUN/checkpoints/step-00000250/ holds state.safetensors and manifest.json (step, tokens, data order, checksum). A
+checkpoint is written under another name, flushed, and renamed: it is there whole or not at all. One that is found
+damaged is set aside, and the one before it is used; both are said.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from topkapi.console import say
+from topkapi.errors import TopkapiError
+from topkapi.files import load_tensors, read_json, save_tensors, sha256, sync, write_json
+
+STATE, MANIFEST = "state.safetensors", "manifest.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One saved moment of a run."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+
+
+def save(run: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any], keep: int) -> None:
+    """Write the checkpoint of `step` and remove all but the newest `keep`. Raises OSError with older ones untouched."""
+    folder = run / "checkpoints"
+    target = folder / f"step-{step:08d}"
+    if target.exists():  # saved before, and whole: damaged ones are set aside when read
+        return
+    temporary = folder / f".{target.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        save_tensors(tensors, temporary / STATE)
+        sync(temporary / STATE)
+        write_json(temporary / MANIFEST, {"step": step, "meta": meta, "sha256": sha256(temporary / STATE)})
+        sync(temporary)
+        temporary.rename(target)
+        sync(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in steps(run)[:-keep]:
+        shutil.rmtree(folder / f"step-{old:08d}")
+
+
+def steps(run: Path) -> list[int]:
+    """Steps of the checkpoints that a run has, ascending."""
+    names = (path.name for path in (run / "checkpoints").glob("step-????????"))
+    return sorted(int(name[5:]) for name in names if name[5:].isdigit())
+
+
+def load(run: Path, step: int) -> Checkpoint:
+    """One checkpoint. Raises TopkapiError if a file is missing or damaged."""
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    manifest = read_json(folder / MANIFEST, "checkpoint")
+    tensors = load_tensors(folder / STATE, manifest["sha256"], "checkpoint")
+    return Checkpoint(manifest["step"], tensors, manifest["meta"])
+
+
+def load_newest(runs: list[Path]) -> list[Checkpoint] | None:
+    """The newest step of which every run has a sound checkpoint, one a run; None if there never was one.
+
+    Raises:
+        TopkapiError: there are checkpoints, but no step at which all runs have a sound one.
+    """
+    common = sorted(set.intersection(*(set(steps(run)) for run in runs)), reverse=True)
+    damaged = 0
+    for step in common:
+        found = []
+        for run in runs:
+            try:
+                found.append(load(run, step))
+            except TopkapiError as error:
+                say(f"warning: {error} Falling back to the checkpoint before it.")
+                _set_aside(run, step)
+                damaged += 1
+        if len(found) == len(runs):
+            if damaged:
+                say(f"resuming from step {step}.")
+            return found
+    if damaged:
+        raise TopkapiError(
+            f"every checkpoint of {', '.join(map(str, runs))} is damaged; nothing to resume from. "
+            "Start again with another --run."
+        )
+    return None
+
+
+def _set_aside(run: Path, step: int) -> None:
+    source = run / "checkpoints" / f"step-{step:08d}"
+    target = source.with_name(f"{source.name}.damaged")
+    shutil.rmtree(target, ignore_errors=True)
+    source.rename(target)

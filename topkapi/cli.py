@@ -1,0 +1,172 @@
+"""The command `topkapi`: one function a subcommand, options generated from the dataclasses of `topkapi.config`."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+import topkapi
+from topkapi.config import EvalConfig, TrainConfig
+from topkapi.console import say
+from topkapi.errors import TopkapiError
+from topkapi.published import CONFIG
+from topkapi.recipes import RECIPES
+
+Flat = Annotated[TrainConfig, tyro.conf.arg(name="")]
+
+
+@dataclass(kw_only=True)
+class Train:
+    """Train an autoencoder, or several side by side on one stream of activations."""
+
+    config: Flat
+
+    run: Path
+    """Folder that receives config.json, metrics.jsonl, checkpoints and the finished autoencoder."""
+
+    resume: bool = False
+    """Go on from the newest checkpoint in the run folder."""
+
+    variants: tuple[str, ...] = ()
+    """Train one autoencoder for each, in RUN/VARIANT: fields joined by commas, as in
+    model.k=16 model.k=64,model.seed=1. They share the activations and differ in model, loss, auxk and optim."""
+
+
+@dataclass(kw_only=True)
+class Eval:
+    """Evaluate a run's autoencoder on held-out text; writes RUN/eval.json."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of a finished run."""
+
+    tokens: int = 0
+    """Held-out tokens reconstructed; 0 takes the run's own setting."""
+
+    downstream_tokens: int = 0
+    """Held-out tokens for cross-entropy and KL; 0 takes the run's own setting."""
+
+
+@dataclass(kw_only=True)
+class Demo:
+    """Train on a real language model from installed packages, evaluate, and show what latents fire on."""
+
+    config: Flat = field(default_factory=RECIPES["demo"])
+
+    run: Path = Path("runs/demo")
+    """Folder of the run; a finished or interrupted demo there is continued."""
+
+
+def train_command(arguments: Sequence[str]) -> None:
+    """topkapi train RECIPE_OR_RUN [--field value ...]."""
+    from topkapi.train import saved_config, train
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        say(_train_help())
+        return
+    name, *options = arguments
+    if name in RECIPES:
+        default = Train(config=RECIPES[name](), run=Path("runs") / name)
+    elif (Path(name) / CONFIG).exists():
+        default = Train(config=saved_config(Path(name)), run=Path(name))
+    else:
+        raise TopkapiError(f"no recipe or run {name!r}. Recipes: {', '.join(RECIPES)}; a run is a folder with {CONFIG}.")
+    command = _parse(Train, f"topkapi train {name}", options, default)
+    configs, runs = [command.config], [command.run]
+    if command.variants:
+        configs = [_variant(command.config, text) for text in command.variants]
+        runs = [command.run / text for text in command.variants]
+    train(configs, runs, resume=command.resume)
+    say(f"finished: {', '.join(map(str, runs))}. Evaluate: topkapi eval {runs[0]}")
+
+
+def eval_command(arguments: Sequence[str]) -> None:
+    """topkapi eval RUN [--tokens N]."""
+    from topkapi.demo import evaluate_run, print_table
+
+    command = _parse(Eval, "topkapi eval", arguments)
+    given = {name: n for name in ("tokens", "downstream_tokens") if (n := getattr(command, name))}
+    print_table(evaluate_run(command.run, given))
+
+
+def demo_command(arguments: Sequence[str]) -> None:
+    """topkapi demo [--field value ...]."""
+    from topkapi.demo import demo
+
+    command = _parse(Demo, "topkapi demo", arguments)
+    demo(command.config, command.run)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "demo": demo_command,
+    "train": train_command,
+    "eval": eval_command,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status: 0, 2 for a mistake that one line explains, 128 + n after signal n."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if arguments[0] == "--version":
+        print(topkapi.__version__)
+        return 0
+    name, *rest = arguments
+    from topkapi.train import Interrupted
+
+    try:
+        if name not in COMMANDS:
+            raise TopkapiError(f"no command {name!r}. Commands: {', '.join(COMMANDS)}.")
+        COMMANDS[name](rest)
+    except TopkapiError as error:
+        say(f"topkapi: {error}")
+        return 2
+    except OSError as error:
+        say(f"topkapi: {_explain(error)}")
+        return 2
+    except Interrupted as request:
+        return 128 + request.signal_number
+    except KeyboardInterrupt:
+        say("topkapi: stopped.")
+        return 130
+    return 0
+
+
+def _parse(cls: type, program: str, arguments: Sequence[str], default: Any = tyro.MISSING_NONPROP) -> Any:
+    return tyro.cli(cls, prog=program, args=list(arguments), default=default, config=(tyro.conf.AvoidSubcommands,))
+
+
+def _variant(config: TrainConfig, text: str) -> TrainConfig:
+    """`config` with the fields of a text such as model.k=16,model.seed=1."""
+    options = []
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if not equals or "/" in part:
+            raise TopkapiError(f"--variants {text!r}: write FIELD=VALUE, joined by commas, as in model.k=16,model.seed=1.")
+        options += [f"--{name}", value]
+    return _parse(TrainConfig, f"topkapi train --variants {text}", options, config)
+
+
+def _explain(error: OSError) -> str:
+    """One line for what the operating system refused."""
+    where = f" {error.filename}" if error.filename else ""
+    return (
+        f"the system refused{where}: {error.strerror or error}. Free some space or choose another folder; "
+        "what was saved before is untouched."
+    )
+
+
+def _help() -> str:
+    lines = [f"topkapi {topkapi.__version__}: {topkapi.__doc__.splitlines()[0]}", ""]
+    for name, function in COMMANDS.items():
+        lines.append(f"  {function.__doc__.rstrip('.')}")
+    return "\n".join([*lines, "", "Options of each: topkapi COMMAND --help, topkapi train RECIPE --help."])
+
+
+def _train_help() -> str:
+    rows = [f"  {name:12} {recipe.__doc__}" for name, recipe in RECIPES.items()]
+    return "\n".join(["topkapi train RECIPE_OR_RUN [--field value ...]", "", "Recipes:", *rows])

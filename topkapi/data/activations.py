@@ -1,0 +1,290 @@
+"""Activations of a language model in shuffled blocks, computed when asked for or read from a cache on disk.
+
+1. The contexts of a token file are permuted once by the seed and cut into groups of shuffle_tokens tokens.
+2. A block is the activations of one group at the site, as bf16: context after context, without the positions
+   that the config leaves out (`kept_positions`), then without norm outliers.
+3. `LiveBlocks` computes block i when it is asked for; `CachedBlocks` reads the same bits from a file. Forward
+   passes hold the same contexts in either case, so the two are bit-identical (on one machine, for one
+   batch_contexts and number of threads).
+
+`topkapi.data.batches` turns blocks into training batches.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import BFloat16, Bool, Float32, Int, Int64
+from torch import Tensor
+
+from topkapi.config import DataConfig
+from topkapi.console import progress
+from topkapi.data.language_model import LanguageModel
+from topkapi.data.tokens import TokenFile
+from topkapi.errors import TopkapiError
+from topkapi.files import read_json, sha256, write_atomic, write_json
+
+FORMAT = 1  # of the cache; raised when blocks of an older one would differ
+ROWS_AT_ONCE = 8_192  # bounds the float32 copies made to measure norms
+
+
+class Block(NamedTuple):
+    """Activations of some tokens and where those tokens are."""
+
+    x: BFloat16[Tensor, "rows d_model"]
+    """Raw, not normalised."""
+
+    positions: Int64[Tensor, " rows"]
+    """Indices into `TokenFile.tokens`."""
+
+
+@dataclass(frozen=True)
+class HarvestCounts:
+    """Tokens kept and left out, each counted once, for the first reason that applies."""
+
+    kept: int = 0
+    first_position: int = 0
+    special_tokens: int = 0
+    outlier_norms: int = 0
+
+    def __add__(self, other: "HarvestCounts") -> "HarvestCounts":
+        return HarvestCounts(**{name: n + getattr(other, name) for name, n in asdict(self).items()})
+
+
+@runtime_checkable
+class Blocks(Protocol):
+    """What `LiveBlocks` and `CachedBlocks` have in common."""
+
+    identity: dict[str, Any]
+    """All that the blocks' contents depend on."""
+
+    d_model: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Block: ...
+
+    @property
+    def counts(self) -> HarvestCounts: ...
+
+
+def kept_positions(
+    tokens: Int[Tensor, "b context"], config: DataConfig, special_ids: set[int]
+) -> Bool[Tensor, "b context"]:
+    """Which tokens are used: not the first position of a context, nor special tokens, as the config says."""
+    kept = torch.ones_like(tokens, dtype=torch.bool)
+    if config.drop_special_tokens:
+        special = torch.tensor(sorted(special_ids), dtype=tokens.dtype, device=tokens.device)
+        kept = ~torch.isin(tokens, special)
+    if config.drop_first_position:
+        kept[:, 0] = False
+    return kept
+
+
+def harvest(
+    lm: LanguageModel,
+    token_file: TokenFile,
+    context_ids: Int[np.ndarray, " b"],
+    config: DataConfig,
+    advance: Callable[[int], object] = lambda _: None,
+) -> tuple[Block, HarvestCounts]:
+    """The block of these contexts, on the language model's device; `advance` hears of tokens as they are done.
+
+    Memory: the block in bf16 and one forward pass.
+
+    Raises:
+        TopkapiError: an activation is not finite.
+    """
+    tokens = token_file.context_tokens(context_ids, config.context)
+    kept = kept_positions(tokens, config, lm.special_ids)
+    x = torch.empty(int(kept.sum()), lm.d_model, dtype=torch.bfloat16, device=lm.device)
+    row = 0
+    for some, used in zip(tokens.split(lm.batch_contexts), kept.split(lm.batch_contexts), strict=True):
+        rows = lm.activations(some)[used.to(lm.device)]
+        x[row : row + len(rows)] = rows
+        row += len(rows)
+        advance(some.numel())
+    starts = torch.from_numpy(np.asarray(context_ids, dtype=np.int64)) * config.context
+    positions = (starts[:, None] + torch.arange(config.context))[kept].to(lm.device)
+    block, n_outliers = _without_outliers(Block(x, positions), lm, config)
+    n_first = len(tokens) if config.drop_first_position else 0
+    counts = HarvestCounts(
+        kept=len(block.x),
+        first_position=n_first,
+        special_tokens=tokens.numel() - n_first - len(x),
+        outlier_norms=n_outliers,
+    )
+    return block, counts
+
+
+def _without_outliers(block: Block, lm: LanguageModel, config: DataConfig) -> tuple[Block, int]:
+    """The block without rows of a norm above max_norm_ratio times its median norm, and how many those were."""
+    norms = _norms(block.x)
+    if not bool(norms.isfinite().all()):
+        position = int(block.positions[~norms.isfinite()][0])
+        raise TopkapiError(
+            f"{lm.name} gives activations that are not finite at {lm.site}, context {position // config.context}, "
+            f"position {position % config.context}: its weights may be damaged, or the site overflows."
+        )
+    if config.max_norm_ratio == 0 or len(norms) == 0:
+        return block, 0
+    usual = norms <= config.max_norm_ratio * norms.median()
+    return Block(block.x[usual], block.positions[usual]), int((~usual).sum())
+
+
+def _norms(x: BFloat16[Tensor, "rows d_model"]) -> Float32[Tensor, " rows"]:
+    """Euclidean norm of each row, without a float32 copy of the whole block."""
+    norms = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    for start in range(0, len(x), ROWS_AT_ONCE):
+        part = x[start : start + ROWS_AT_ONCE].float()
+        norms[start : start + ROWS_AT_ONCE] = torch.linalg.vector_norm(part, dim=1)
+    return norms
+
+
+class LiveBlocks:
+    """Blocks computed each time they are asked for; block i always holds the same contexts."""
+
+    def __init__(self, lm: LanguageModel, token_file: TokenFile, config: DataConfig) -> None:
+        self.lm, self.token_file, self.config = lm, token_file, config
+        self.d_model = lm.d_model
+        n_contexts = token_file.n_contexts(config.context)
+        if n_contexts == 0:
+            raise TopkapiError(
+                f"The corpus has {token_file.n_tokens} tokens, fewer than one context of {config.context}."
+            )
+        order = np.random.default_rng([config.seed, 0]).permutation(n_contexts)
+        step = -(-config.shuffle_tokens // config.context)
+        self.groups = [order[start : start + step] for start in range(0, n_contexts, step)]
+        self.identity = {
+            "format": FORMAT,
+            "language_model": lm.fingerprint,
+            "site": lm.site,
+            "d_model": lm.d_model,
+            "tokens": token_file.fingerprint,
+            "context": config.context,
+            "seed": config.seed,
+            "shuffle_tokens": config.shuffle_tokens,
+            "drop_first_position": config.drop_first_position,
+            "drop_special_tokens": config.drop_special_tokens,
+            "max_norm_ratio": config.max_norm_ratio,
+        }
+        self._counts: dict[int, HarvestCounts] = {}
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, i: int) -> Block:
+        return self.harvest(i)[0]
+
+    def harvest(
+        self, i: int, advance: Callable[[int], object] = lambda _: None
+    ) -> tuple[Block, HarvestCounts]:
+        """Block i and what was left out of it."""
+        block, counts = harvest(self.lm, self.token_file, self.groups[i], self.config, advance)
+        self._counts[i] = counts
+        return block, counts
+
+    @property
+    def counts(self) -> HarvestCounts:
+        """Tokens kept and left out in the blocks computed so far, each block counted once."""
+        return sum(self._counts.values(), HarvestCounts())
+
+
+class CachedBlocks:
+    """Blocks read from a folder: a safetensors file each, and manifest.json with their checksums."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder = folder
+        self.identity: dict[str, Any] = manifest["identity"]
+        self.d_model: int = self.identity["d_model"]
+        self._blocks: list[dict[str, Any]] = manifest["blocks"]
+
+    @classmethod
+    def open(cls, folder: Path, expected: dict[str, Any]) -> "CachedBlocks":
+        """The cache in `folder`; `expected` is the `identity` that it must have.
+
+        Raises:
+            TopkapiError: missing, half built, or made for something else (names the first field that differs).
+        """
+        manifest = read_json(folder / "manifest.json", "Activation cache")
+        _require_same(folder, manifest, expected)
+        ready = sum(entry is not None for entry in manifest["blocks"])
+        if ready < len(manifest["blocks"]):
+            raise TopkapiError(
+                f"Activation cache {folder} is half built: {ready} of {len(manifest['blocks'])} blocks. "
+                "Build it again; the blocks that are there are kept."
+            )
+        return cls(folder, manifest)
+
+    @classmethod
+    def build(cls, live: LiveBlocks, folder: Path) -> "CachedBlocks":
+        """Compute every block of `live` into `folder`; blocks already there and undamaged are kept.
+
+        Raises:
+            TopkapiError: the folder holds a cache made for something else.
+            OSError: the disk is full or the folder read-only; what was finished stays and is used next time.
+        """
+        manifest = {"name": live.lm.name, "identity": live.identity, "blocks": [None] * len(live)}
+        if (folder / "manifest.json").exists():
+            manifest = read_json(folder / "manifest.json", "Activation cache")
+            _require_same(folder, manifest, live.identity)
+        total = live.config.context * sum(map(len, live.groups))
+        with progress("Caching activations", total) as meter:
+            for i, entry in enumerate(manifest["blocks"]):
+                path = _block_path(folder, i)
+                if entry and path.exists() and sha256(path) == entry["sha256"]:
+                    meter.advance(live.config.context * len(live.groups[i]))
+                    continue
+                block, counts = live.harvest(i, meter.advance)
+                manifest["blocks"][i] = _write_block(path, block) | {"counts": asdict(counts)}
+                write_json(folder / "manifest.json", manifest)
+        return cls.open(folder, live.identity)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getitem__(self, i: int) -> Block:
+        """Block i, on the CPU; reads the file twice, once for its checksum."""
+        from safetensors.torch import load_file
+
+        path = _block_path(self.folder, i)
+        expected = self._blocks[i]["sha256"]
+        if not path.is_file() or sha256(path) != expected:
+            state = "damaged" if path.is_file() else "missing"
+            raise TopkapiError(
+                f"Block {i} of the activation cache is {state}: {path}. Build the cache again; the other blocks "
+                "are kept."
+            )
+        tensors = load_file(path)
+        return Block(tensors["x"], tensors["positions"])
+
+    @property
+    def counts(self) -> HarvestCounts:
+        """Tokens kept and left out in the whole cache."""
+        return sum((HarvestCounts(**entry["counts"]) for entry in self._blocks), HarvestCounts())
+
+
+def _block_path(folder: Path, i: int) -> Path:
+    return folder / f"block-{i:06d}.safetensors"
+
+
+def _write_block(path: Path, block: Block) -> dict[str, Any]:
+    from safetensors.torch import save
+
+    # Bytes first, then an ordinary write: safetensors' own would report a full disk as a SafetensorError.
+    data = save({"x": block.x.cpu(), "positions": block.positions.cpu()})
+    write_atomic(path, lambda temporary: temporary.write_bytes(data))
+    return {"rows": len(block.x), "sha256": sha256(path)}
+
+
+def _require_same(folder: Path, manifest: dict[str, Any], expected: dict[str, Any]) -> None:
+    for name, value in expected.items():
+        theirs = manifest["identity"].get(name)
+        if theirs != value:
+            raise TopkapiError(
+                f"Activation cache {folder} was made with another {name} ({theirs!r} of {manifest['name']!r}, "
+                f"wanted {value!r}): use another folder, or delete this one."
+            )

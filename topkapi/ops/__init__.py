@@ -1,0 +1,106 @@
+"""The sparse operations of a TopK autoencoder: the one door to their implementations.
+
+`encode_topk`, `dense_sparse_matmul` and `matmul_at_sparse_indices` are differentiable. The rest are the pieces a
+hand-written training step is made of (`topkapi.gradients`). Functions of tensors only: no module, no settings.
+"""
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from topkapi.errors import TopkapiError
+from topkapi.ops import autograd
+from topkapi.ops.autograd import EncoderGradients, SparseRows, encoder_gradients
+from topkapi.ops.reference import LatentOrder, latent_sums, order_by_latent, transposed_dense_sparse_matmul
+
+__all__ = [
+    "EncoderGradients",
+    "LatentOrder",
+    "SparseRows",
+    "dense_sparse_matmul",
+    "encode_topk",
+    "encoder_gradients",
+    "latent_sums",
+    "matmul_at_sparse_indices",
+    "order_by_latent",
+    "transposed_dense_sparse_matmul",
+]
+
+
+def encode_topk(
+    x: Float[Tensor, "n d_model"],
+    W_enc: Float[Tensor, "n_latents d_model"],
+    latent_bias: Float[Tensor, " n_latents"],
+    pre_bias: Float[Tensor, " d_model"],
+    k: int,
+) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    """Values and indices of the k latents with the largest pre-activations of each token, after ReLU.
+
+        pre_acts = (x - pre_bias) W_enc^T + latent_bias
+        values, indices = TopK_k(pre_acts);  values = max(values, 0)
+
+    A token with fewer than k positive pre-activations has zeros among its values. Entries are in no particular
+    order; of equal pre-activations at the edge any may be kept, the same ones each time. Differentiable in all
+    four tensors. Cost 2 n d_model n_latents flops; pre-activations are made in chunks and never kept.
+
+    Raises:
+        TopkapiError: shapes disagree, or k lies outside [1, n_latents].
+
+    Source: Gao et al. 2024, section 2.3 and appendix D.2.
+    """
+    n_latents, d_model = W_enc.shape
+    if x.ndim != 2 or x.shape[1] != d_model:
+        raise TopkapiError(
+            f"x must be (n, d_model={d_model}); got {tuple(x.shape)}. Flatten batch and context first: x.flatten(0, 1)."
+        )
+    if not 1 <= k <= n_latents:
+        raise TopkapiError(f"k must be between 1 and n_latents={n_latents}; got {k}.")
+    return autograd.EncodeTopK.apply(x, W_enc, latent_bias, pre_bias, k)
+
+
+def dense_sparse_matmul(
+    values: Float[Tensor, "n k"],
+    indices: Int[Tensor, "n k"],
+    weight: Float[Tensor, "n_latents d_model"],
+) -> Float[Tensor, "n d_model"]:
+    """The sparse code (values, indices) times `weight` (an SpMM): decoding without bias.
+
+        out[i] = sum_j values[i, j] weight[indices[i, j]]
+
+    Cost 2 n k d_model flops; reads k rows of `weight` a token. Differentiable in `values` and `weight`.
+
+    Raises:
+        TopkapiError: an index lies outside [0, n_latents) (checked on CPU only: a check on a GPU would stall it).
+
+    Source: Gao et al. 2024, appendix D.2.
+    """
+    _check_indices(indices, len(weight))
+    return autograd.DenseSparseMatmul.apply(values, indices, weight)
+
+
+def matmul_at_sparse_indices(
+    a: Float[Tensor, "n d_model"],
+    weight: Float[Tensor, "n_latents d_model"],
+    indices: Int[Tensor, "n k"],
+) -> Float[Tensor, "n k"]:
+    """Dot products of each row of `a` with the k rows of `weight` that `indices` selects (an SDDMM).
+
+        out[i, j] = <a[i], weight[indices[i, j]]>
+
+    Cost 2 n k d_model flops; reads k rows of `weight` a token. Differentiable in `a` and `weight`. It is the
+    gradient of `dense_sparse_matmul` with respect to its values.
+
+    Raises:
+        TopkapiError: an index lies outside [0, n_latents) (checked on CPU only: a check on a GPU would stall it).
+
+    Source: Gao et al. 2024, appendix D.2.
+    """
+    _check_indices(indices, len(weight))
+    return autograd.MatmulAtSparseIndices.apply(a, weight, indices)
+
+
+def _check_indices(indices: Tensor, n_latents: int) -> None:
+    if indices.device.type != "cpu" or indices.numel() == 0:
+        return
+    low, high = indices.aminmax()
+    if low < 0 or high >= n_latents:
+        raise TopkapiError(f"indices must lie in [0, n_latents={n_latents}); got values from {low} to {high}.")

@@ -1,0 +1,59 @@
+"""The published form of an autoencoder: model.safetensors and config.json, each with a checksum, and a model card."""
+
+import platform
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+import topkapi
+from topkapi.errors import TopkapiError
+from topkapi.files import load_tensors, read_json, save_tensors, sha256, write_atomic, write_json
+
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+NORMALISATION = "per_token_mean_and_norm"  # subtract the mean over d_model, scale to unit norm; undone on output
+
+
+def write_config(folder: Path, description: dict[str, Any]) -> None:
+    """Write config.json: the description plus what made it."""
+    made_by = {"topkapi_version": topkapi.__version__, "commit": commit(), "python": platform.python_version()}
+    write_json(folder / CONFIG, {"normalisation": NORMALISATION, **description, **made_by})
+
+
+def write_published(folder: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
+    """Write the weights, then config.json, which holds their checksum."""
+    write_atomic(folder / WEIGHTS, lambda path: save_tensors(tensors, path))
+    write_config(folder, {**description, "files": {WEIGHTS: sha256(folder / WEIGHTS)}})
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The description that `write_config` wrote. Raises TopkapiError if it is missing, damaged or not ours."""
+    config = read_json(folder / CONFIG, "Autoencoder")
+    if config.get("normalisation") != NORMALISATION:
+        raise TopkapiError(
+            f"{folder / CONFIG} says normalisation {config.get('normalisation')!r}; this version of Topkapi knows "
+            f"{NORMALISATION!r}."
+        )
+    return config
+
+
+def read_published(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and description. Raises TopkapiError if a file is missing, damaged, or the two do not belong together."""
+    config, path = read_config(folder), folder / WEIGHTS
+    wanted = config.get("files", {}).get(WEIGHTS)
+    if wanted is None or not path.exists():
+        raise TopkapiError(
+            f"{folder} holds no finished autoencoder: {WEIGHTS} is written when training ends. "
+            f"If training was interrupted, continue it: topkapi train {folder} --resume."
+        )
+    return load_tensors(path, wanted, "Autoencoder"), config
+
+
+def commit() -> str:
+    """Commit of the checkout that the package runs from, or "" for an installed release."""
+    head = Path(topkapi.__file__).parents[1] / ".git" / "HEAD"
+    try:
+        text = head.read_text().strip()
+        return text if not text.startswith("ref: ") else (head.parent / text[5:]).read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,341 @@
+"""The training loop: one stream of activations, one autoencoder or several beside each other.
+
+Each autoencoder has a run folder of its own and is trained exactly as it would be alone: it shares nothing with its
+neighbours but the batches. A run that is stopped, by a signal or by losing power, goes on from its last checkpoint
+and ends with the same weights, bit for bit on CPU.
+"""
+
+import fcntl
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from topkapi import checkpoint, published
+from topkapi.config import TrainConfig, cache_folder, differences, from_dict, to_dict
+from topkapi.console import progress, say
+from topkapi.data.activations import CachedBlocks, LiveBlocks
+from topkapi.data.batches import ShuffledBatches
+from topkapi.data.language_model import LanguageModel
+from topkapi.data.tokens import Splits, tokenize
+from topkapi.dead import DeadCounter
+from topkapi.errors import TopkapiError
+from topkapi.files import sha256_json
+from topkapi.gradients import Step, relu_step, topk_step
+from topkapi.loss import mse_scale
+from topkapi.metrics import MetricsLog
+from topkapi.model import PARAMETERS, Autoencoder
+from topkapi.optim import Optimizer, learning_rate
+
+SAMPLE_TOKENS = 32_768  # for the geometric median, the encoder's scale and the loss's constant
+
+
+class Interrupted(Exception):  # noqa: N818  (a request, not an error)
+    """A signal asked training to stop; everything up to the last step is saved."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        self.signal_number = signal_number
+
+
+@dataclass
+class Source:
+    """Where a run's activations come from."""
+
+    language_model: LanguageModel
+    splits: Splits
+    blocks: LiveBlocks | CachedBlocks
+
+
+class Trainer:
+    """One autoencoder in training: parameters, optimiser, dead counter, log and run folder."""
+
+    def __init__(self, config: TrainConfig, run: Path, source: Source, sample: Float[Tensor, "n d_model"]) -> None:
+        self.config, self.run = config, run
+        model, language_model = config.model, source.language_model
+        self.ae = Autoencoder(
+            d_model=language_model.d_model,
+            n_latents=model.n_latents,
+            k=model.k,
+            activation=model.activation,
+            language_model=config.language_model.name,
+            site=config.language_model.site,
+            seed=model.seed,
+            training=to_dict(config),
+        ).to(language_model.device)
+        x = self.ae.normalise(sample.to(language_model.device)).x
+        self.ae.initialise_(x)
+        self.scale = mse_scale(x)
+        self.optimizer = Optimizer(self.ae, config.optim)
+        self.dead = DeadCounter(model.n_latents, language_model.device)
+        self.latest: dict[str, float] = {}
+        self._last: Step | None = None
+
+    def step_(self, x: Float[Tensor, "n d_model"], step: int) -> None:
+        """Train on one batch of normalised activations."""
+        config = self.config
+        if config.model.activation == "topk":
+            found = topk_step(self.ae, x, self.scale, self.dead.dead(config.auxk.dead_after), config.auxk)
+        else:
+            found = relu_step(self.ae, x, self.scale, config.loss)
+        self.optimizer.step_(self.ae, found.gradients, learning_rate(config.optim, step / config.n_steps))
+        self.dead.count_(found.fired, len(x))
+        self._last = found
+
+    def metrics(self) -> dict[str, float]:
+        """The last step's numbers, under the names of metrics.jsonl; those of the checkpoint before the first step."""
+        if self._last is not None:
+            dead = self.dead.dead(self.config.auxk.dead_after)
+            self.latest = {
+                **self._last.terms.detached(),
+                "l0": float(self._last.l0),
+                "dead_fraction": float(dead.float().mean()),
+            }
+        return self.latest
+
+    def check_finite(self, step: int) -> None:
+        """Raise TopkapiError before a broken state is logged as progress or saved over a good one."""
+        sums = torch.stack([getattr(self.ae, name).detach().sum() for name in PARAMETERS])
+        if not (torch.isfinite(sums).all() and torch.isfinite(self._last.terms.total())):
+            raise TopkapiError(
+                f"{self.run}: loss or weights are no longer finite at step {step} (learning rate "
+                f"{self.config.optim.lr:.3g}). Lower --optim.lr or set --optim.clip-norm 1; the last checkpoint is good."
+            )
+
+    def save(self, step: int, tokens: int, position: dict[str, int]) -> None:
+        """Write a checkpoint."""
+        self.check_finite(step)
+        tensors = {name: getattr(self.ae, name).detach() for name in PARAMETERS}
+        tensors |= {"silent_for": self.dead.silent_for} | self.optimizer.state()
+        meta = {"tokens": tokens, "position": position, "n_steps": self.optimizer.n_steps, "scale": self.scale}
+        meta["metrics"] = self.metrics()
+        checkpoint.save(self.run, step, tensors, meta, self.config.keep_checkpoints)
+
+    @torch.no_grad()
+    def load_(self, saved: checkpoint.Checkpoint) -> None:
+        """Go back to a checkpoint."""
+        ours = {name: getattr(self.ae, name) for name in PARAMETERS} | self.optimizer.state()
+        ours["silent_for"] = self.dead.silent_for
+        for name, tensor in ours.items():
+            tensor.copy_(saved.tensors[name])
+        self.optimizer.n_steps, self.scale = saved.meta["n_steps"], saved.meta["scale"]
+        self.latest, self._last = saved.meta["metrics"], None
+
+    def publish(self, tokens: int) -> None:
+        """Write the finished autoencoder, with the averaged weights, to the run folder."""
+        self.ae.summary = {"tokens": tokens, "steps": self.optimizer.n_steps, **self.metrics()}
+        weights = {name: tensor.cpu() for name, tensor in self.optimizer.averaged(self.ae).items()}
+        published.write_published(self.run, weights, self.ae.description())
+        (self.run / published.CARD).write_text(str(self.ae.generate_model_card()), encoding="utf-8")
+
+
+def train(configs: Sequence[TrainConfig], runs: Sequence[Path], resume: bool = False) -> None:
+    """Train an autoencoder for each config, side by side on one stream of activations, each in its run folder.
+
+    Configs may differ in model, loss, auxk and optim; the rest must agree. With `resume` the runs go on from the
+    newest checkpoint that all of them have.
+
+    Raises:
+        TopkapiError: a run exists already (without resume), a config differs from the one saved, bad input.
+        Interrupted: SIGINT or SIGTERM came; checkpoints are written.
+    """
+    _check_agreement(configs)
+    with ExitStack() as stack:
+        for config, run in zip(configs, runs, strict=True):
+            _check_run(config, run, resume)
+            stack.enter_context(_locked(run))
+        source = open_source(configs[0])
+        configs = [config.resolved(source.language_model.d_model) for config in configs]
+        batches = ShuffledBatches(source.blocks, configs[0].batch_tokens, configs[0].data.seed)
+        sample = batches.sample(SAMPLE_TOKENS)
+        trainers = [Trainer(config, run, source, sample) for config, run in zip(configs, runs, strict=True)]
+        step, position = _start(trainers, batches, resume)
+        _loop(trainers, batches, step, position, source)
+        for trainer in trainers:
+            trainer.publish(configs[0].n_steps * configs[0].batch_tokens)
+
+
+def _start(trainers: list[Trainer], batches: ShuffledBatches, resume: bool) -> tuple[int, dict[str, int]]:
+    """Write config.json, or go back to the newest checkpoint; the steps done and the place in the data."""
+    saved = checkpoint.load_newest([trainer.run for trainer in trainers]) if resume else None
+    if saved is None:
+        for trainer in trainers:
+            published.write_config(trainer.run, trainer.ae.description())
+        return 0, batches.state()
+    for trainer, found in zip(trainers, saved, strict=True):
+        trainer.load_(found)
+    batches.load_state(saved[0].meta["position"])
+    say(f"resuming at step {saved[0].step} ({saved[0].meta['tokens']:,} tokens done).")
+    return saved[0].step, saved[0].meta["position"]
+
+
+def _loop(
+    trainers: list[Trainer], batches: ShuffledBatches, step: int, position: dict[str, int], source: Source
+) -> None:
+    config, device = trainers[0].config, source.language_model.device
+    logs = [MetricsLog(t.run, config.loggers, to_dict(t.config), after_step=step) for t in trainers]
+    total = config.n_steps * config.batch_tokens
+    try:
+        with _signals() as stop, progress("train", total, done=step * config.batch_tokens) as meter:
+            started, first = time.monotonic(), step
+            while step < config.n_steps:
+                with stop.waiting():  # nothing of the state changes while data is awaited
+                    raw = next(batches)
+                x = Autoencoder.normalise(raw.to(device)).x
+                for trainer in trainers:
+                    trainer.step_(x, step)
+                step, position = step + 1, batches.state()
+                tokens = step * config.batch_tokens
+                shown = {}
+                if step % config.log_every == 0 or step == config.n_steps:
+                    rate = (step - first) * config.batch_tokens / (time.monotonic() - started)
+                    shown = _log(trainers, logs, step, tokens, rate)
+                meter.advance(config.batch_tokens, **shown)
+                if step % config.save_every == 0 or step == config.n_steps:
+                    _save(trainers, step, position)
+                stop.check()
+    except Interrupted as request:
+        if step:
+            _save(trainers, step, position)
+        names = ", ".join(str(trainer.run) for trainer in trainers)
+        say(f"{request}: {names} saved at step {step} of {config.n_steps}. Continue with the same command and --resume.")
+        raise
+    finally:
+        for log in logs:
+            log.close()
+
+
+def _save(trainers: list[Trainer], step: int, position: dict[str, int]) -> None:
+    for trainer in trainers:
+        trainer.save(step, step * trainer.config.batch_tokens, position)
+
+
+def _log(
+    trainers: list[Trainer], logs: list[MetricsLog], step: int, tokens: int, rate: float
+) -> dict[str, float]:
+    """Write a line of metrics for each autoencoder; what to show of the first."""
+    for trainer, log in zip(trainers, logs, strict=True):
+        trainer.check_finite(step)
+        lr = learning_rate(trainer.config.optim, (step - 1) / trainer.config.n_steps)
+        log.write(step=step, tokens=tokens, **trainer.metrics(), lr=lr, tokens_per_second=round(rate, 1))
+    first = trainers[0].metrics()
+    return {"normalized_mse": first["mse"], "l0": first["l0"], "dead": first["dead_fraction"]}
+
+
+def open_source(config: TrainConfig) -> Source:
+    """Language model, tokens and activation blocks of a run; builds what is not in the cache yet."""
+    name = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise TopkapiError("--device cuda: no CUDA device here. Leave --device auto, or install a CUDA build of torch.")
+    language_model = LanguageModel.load(config.language_model, torch.device(name))
+    splits = tokenize(config.data, language_model.tokenizer, config.language_model.name)
+    live = LiveBlocks(language_model, splits.train, config.data)
+    if config.data.source == "live":
+        return Source(language_model, splits, live)
+    folder = cache_folder() / "activations" / sha256_json(live.identity)[:16]
+    return Source(language_model, splits, CachedBlocks.build(live, folder))
+
+
+def load_run(run: Path) -> tuple[Autoencoder, TrainConfig]:
+    """The finished autoencoder of a run folder, and the config that made it."""
+    ae = Autoencoder.from_pretrained(run)
+    if ae.training_config is None:
+        raise TopkapiError(f"{run} was not trained by Topkapi: its config.json holds no training settings.")
+    return ae, from_dict(TrainConfig, ae.training_config)
+
+
+def saved_config(run: Path) -> TrainConfig:
+    """The config that a run folder was started with."""
+    return from_dict(TrainConfig, published.read_config(run)["training"])
+
+
+def _check_agreement(configs: Sequence[TrainConfig]) -> None:
+    own = ("model", "loss", "auxk", "optim")
+    first = configs[0]
+    for config in configs[1:]:
+        if lines := differences(replace(config, **{name: getattr(first, name) for name in own}), first):
+            raise TopkapiError(
+                f"autoencoders trained side by side share everything but {', '.join(own)}; these differ: "
+                f"{'; '.join(lines)}."
+            )
+
+
+def _check_run(config: TrainConfig, run: Path, resume: bool) -> None:
+    """Refuse to write over a run, or to resume one with other settings."""
+    exists = (run / published.CONFIG).exists()
+    if exists and not resume:
+        raise TopkapiError(f"{run} holds a run already. Continue it with --resume, or name another folder with --run.")
+    if not exists:
+        if checkpoint.steps(run):
+            raise TopkapiError(f"{run} has checkpoints but no {published.CONFIG}; restore it, or name another --run.")
+        return
+    saved = saved_config(run)
+    d_model = published.read_config(run)["autoencoder"]["d_model"]
+    if lines := differences(config.resolved(d_model), saved):
+        raise TopkapiError(
+            f"{run} was started with other settings ({'; '.join(lines)}; given against saved). Resume it as it was: "
+            f"topkapi train {run} --resume."
+        )
+
+
+@contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    """Hold the run folder for this process; it is freed however the process ends."""
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TopkapiError(f"another process is training in {run}; wait for it, or name another --run.") from None
+        yield
+
+
+class _Stop:
+    """Turns SIGINT and SIGTERM into `Interrupted`, at a moment when the state is whole."""
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+        self.is_waiting = False
+
+    def handle(self, signal_number: int, _: FrameType | None) -> None:
+        self.signal_number = signal_number
+        if self.is_waiting:
+            self.is_waiting = False
+            raise Interrupted(signal_number)
+
+    def check(self) -> None:
+        if self.signal_number:
+            raise Interrupted(self.signal_number)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        self.is_waiting = True
+        try:
+            self.check()
+            yield
+        finally:
+            self.is_waiting = False
+
+
+@contextmanager
+def _signals() -> Iterator[_Stop]:
+    """Handle SIGINT and SIGTERM for a while; the old handlers come back after."""
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may handle signals
+        return
+    old: dict[int, Any] = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
