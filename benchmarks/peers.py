@@ -365,8 +365,8 @@ class Sparsify(Peer):
 
     Trainer.fit trains inside a hook on a Hugging Face model, so Trainer is built on a stand-in of
     one identity layer, and `step` calls its parts in the order of fit (sparsify/trainer.py) for
-    loss_fn="fvu", grad_acc_steps = micro_acc_steps = 1, no multi_topk and no k decay: b_dec = mean of
-    the batch if it is the first; decoder rows made unit; SparseCoder.forward; backward of
+    loss_fn="fvu", grad_acc_steps = micro_acc_steps = 1, no multi_topk and no k decay: b_dec = mean
+    of the first batch, once; decoder rows made unit; SparseCoder.forward; backward of
     fvu + auxk_alpha x auxk_loss; parallel gradient removed; optimiser; schedule; counters.
 
     Defaults kept (sparsify/config.py TrainConfig): optimizer="signum", which is
@@ -374,8 +374,8 @@ class Sparsify(Peer):
     auxk_alpha = 0, AuxK off; if on, over x's variance, with d_model // 2 dead latents, scaled down
     if fewer are dead; dead_feature_threshold = 10,000,000 tokens (an index that fills up the top k
     with a zero counts as fired); no clipping; no input scaling (the loss is relative to the
-    variance, and `normalize` has no effect). float32 matmuls at precision "high" during the step, as
-    fit sets for the process; forward in bfloat16 on CUDA whenever the device supports it.
+    variance, and `normalize` has no effect). float32 matmuls have precision "high" during a step;
+    fit sets that for the process. Forward in bfloat16 on CUDA whenever the device supports it.
 
     Inference uses the schedule-free average, as their checkpoints do (optimizer.eval()). Decoder
     rows are made unit before a step, not after, so there they are only nearly unit.

@@ -12,11 +12,11 @@ REPOSITORY = Path(__file__).parent.parent
 PACKAGE = REPOSITORY / "topkapi"
 OPTIONAL = ("transformers", "datasets", "gguf", "accelerate", "matplotlib", "tensorboard", "wandb", "trackio")
 
-# Kernels are the one place that imports Triton, which a torch without CUDA does not bring.
+# Kernels are the one place that imports Triton, which a torch without CUDA does not bring; __main__ runs the command.
 NAMES = [
     ".".join(("topkapi", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
     for path in sorted(PACKAGE.rglob("*.py"))
-    if "kernels" not in path.parts
+    if "kernels" not in path.parts and path.name != "__main__.py"
 ]
 
 

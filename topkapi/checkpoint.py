@@ -28,8 +28,8 @@ class Checkpoint:
     meta: dict[str, Any]
 
 
-def save(run: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any], keep: int) -> None:
-    """Write the checkpoint of `step` and remove all but the newest `keep`. Raises OSError with older ones untouched."""
+def save(run: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Write the checkpoint of `step`. Raises OSError with older ones untouched."""
     folder = run / "checkpoints"
     target = folder / f"step-{step:08d}"
     if target.exists():  # saved before, and whole: damaged ones are set aside when read
@@ -46,8 +46,15 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any],
         sync(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def keep_newest(run: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints.
+
+    With several runs side by side, call it when all of them have saved: they resume from a step they share.
+    """
     for old in steps(run)[:-keep]:
-        shutil.rmtree(folder / f"step-{old:08d}")
+        shutil.rmtree(run / "checkpoints" / f"step-{old:08d}")
 
 
 def steps(run: Path) -> list[int]:
@@ -70,8 +77,14 @@ def load_newest(runs: list[Path]) -> list[Checkpoint] | None:
     Raises:
         TopkapiError: there are checkpoints, but no step at which all runs have a sound one.
     """
-    common = sorted(set.intersection(*(set(steps(run)) for run in runs)), reverse=True)
-    damaged = 0
+    found_steps = [set(steps(run)) for run in runs]
+    common = sorted(set.intersection(*found_steps), reverse=True)
+    if not common and any(found_steps):
+        raise TopkapiError(
+            f"{', '.join(map(str, runs))} have no checkpoint of the same step, so they cannot go on side by side. "
+            "Resume each by itself: topkapi train RUN --resume."
+        )
+    damaged = any(list((run / "checkpoints").glob("*.damaged")) for run in runs)
     for step in common:
         found = []
         for run in runs:
@@ -80,10 +93,8 @@ def load_newest(runs: list[Path]) -> list[Checkpoint] | None:
             except TopkapiError as error:
                 say(f"warning: {error} Falling back to the checkpoint before it.")
                 _set_aside(run, step)
-                damaged += 1
+                damaged = True
         if len(found) == len(runs):
-            if damaged:
-                say(f"resuming from step {step}.")
             return found
     if damaged:
         raise TopkapiError(

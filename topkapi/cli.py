@@ -1,7 +1,9 @@
 """The command `topkapi`: one function a subcommand, options generated from the dataclasses of `topkapi.config`."""
 
+import io
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -129,6 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"topkapi: {_explain(error)}")
         return 2
     except Interrupted as request:
+        say(f"topkapi: {request}")
         return 128 + request.signal_number
     except KeyboardInterrupt:
         say("topkapi: stopped.")
@@ -142,13 +145,18 @@ def _parse(cls: type, program: str, arguments: Sequence[str], default: Any = tyr
 
 def _variant(config: TrainConfig, text: str) -> TrainConfig:
     """`config` with the fields of a text such as model.k=16,model.seed=1."""
-    options = []
-    for part in text.split(","):
-        name, equals, value = part.partition("=")
-        if not equals or "/" in part:
-            raise TopkapiError(f"--variants {text!r}: write FIELD=VALUE, joined by commas, as in model.k=16,model.seed=1.")
-        options += [f"--{name}", value]
-    return _parse(TrainConfig, f"topkapi train --variants {text}", options, config)
+    parts = [part.partition("=") for part in text.split(",")]
+    if "/" in text or not all(name and equals for name, equals, _ in parts):
+        raise TopkapiError(f"--variants {text!r}: write FIELD=VALUE, joined by commas, as in model.k=16,model.seed=1.")
+    options = [option for name, _, value in parts for option in (f"--{name}", value)]
+    try:
+        with redirect_stderr(io.StringIO()):  # tyro explains in a box, under a command that was not given
+            return _parse(TrainConfig, "", options, config)
+    except SystemExit:
+        raise TopkapiError(
+            f"--variants {text!r}: no such field, or a value that it does not take; topkapi train RECIPE --help lists "
+            "the fields."
+        ) from None
 
 
 def _explain(error: OSError) -> str:

@@ -1,10 +1,13 @@
 """Files that are either whole or absent: atomic writes, checksums, and JSON that notices damage."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,28 @@ def write_text_atomic(path: Path, text: str) -> None:
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files and folders of a killed process; call it while holding the folder's `lock`."""
+    for path in folder.glob(".*.tmp"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextmanager
+def lock(folder: Path, busy: Callable[[], None]) -> Iterator[None]:
+    """Hold `folder`, made if need be, for this process alone; it is freed however the process ends.
+
+    `busy` is called if another process holds it: it raises, or returns to wait for that process.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            busy()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def sync(path: Path) -> None:
     """Wait until a file's or folder's content is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -64,21 +89,27 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     write_text_atomic(path, json.dumps(value | {"checksum": sha256_json(value)}, indent=2) + "\n")
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
+def read_json(path: Path, what: str, remedy: str = "") -> dict[str, Any]:
     """The dict that `write_json` wrote, without its checksum.
 
     Raises:
-        TopkapiError: no such file, not JSON, or changed since it was written; `what` names the thing in the message.
+        TopkapiError: no such file, not JSON, or changed since it was written; `what` names the thing in the message,
+            and `remedy` says what to do.
     """
+    remedy = f" {remedy}" if remedy else ""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise TopkapiError(f"{what}: no file {path}.") from None
+        raise TopkapiError(f"{what}: no file {path}.{remedy}") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise TopkapiError(f"{what}: {path} is damaged: not JSON ({error}).") from None
+        raise TopkapiError(f"{what}: {path} is damaged: not JSON ({error}).{remedy}") from None
     checksum = value.pop("checksum", None) if isinstance(value, dict) else None
+    if checksum is None:
+        raise TopkapiError(f"{what}: {path} has no checksum: it is damaged, or not a file of Topkapi's.{remedy}")
     if checksum != sha256_json(value):
-        raise TopkapiError(f"{what}: {path} is damaged or was edited: its content does not match its checksum.")
+        raise TopkapiError(
+            f"{what}: {path} is damaged or was edited: its content does not match its checksum.{remedy}"
+        )
     return value
 
 
@@ -96,16 +127,18 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         raise OSError(number, os.strerror(number) if full else str(error), str(path)) from None
 
 
-def load_tensors(path: Path, checksum: str, what: str) -> dict[str, Tensor]:
+def load_tensors(path: Path, checksum: str, what: str, remedy: str = "") -> dict[str, Tensor]:
     """The tensors of a safetensors file whose SHA-256 is `checksum`.
 
     Raises:
-        TopkapiError: missing, damaged, or another file; `what` names the thing in the message.
+        TopkapiError: missing, damaged, or another file; `what` names the thing in the message, and `remedy` says
+            what to do.
     """
+    remedy = f" {remedy}" if remedy else ""
     if not path.is_file():
-        raise TopkapiError(f"{what}: no file {path}.")
+        raise TopkapiError(f"{what}: no file {path}.{remedy}")
     if sha256(path) != checksum:
-        raise TopkapiError(f"{what}: {path} is damaged or another file: its SHA-256 is not the one recorded.")
+        raise TopkapiError(f"{what}: {path} is damaged or another file: its SHA-256 is not the one recorded.{remedy}")
     try:
         return load_file(path)
     except SafetensorError as error:

@@ -1,6 +1,8 @@
 """Where training metrics go: RUN/metrics.jsonl always; TensorBoard, wandb and trackio when asked."""
 
+import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +11,28 @@ from topkapi.errors import TopkapiError
 from topkapi.files import write_text_atomic
 
 
+def require(loggers: tuple[Logger, ...]) -> None:
+    """Raise TopkapiError if the package of a logger is missing."""
+    for name in loggers:
+        if importlib.util.find_spec(name) is None:
+            raise TopkapiError(f"--loggers {name} needs the package {name}: pip install {name}.")
+
+
 class MetricsLog:
     """One run's metrics, a dict of numbers a logged step."""
 
     def __init__(self, run: Path, loggers: tuple[Logger, ...], config: dict[str, Any], after_step: int = 0) -> None:
-        """Opens the log for steps beyond `after_step`; later lines of an interrupted run are dropped."""
+        """Opens the log for steps beyond `after_step`; later lines of an interrupted run are dropped.
+
+        Raises:
+            TopkapiError: the package of a logger is missing.
+        """
+        require(loggers)
         path = run / "metrics.jsonl"
         kept = [line for line in _lines(path) if line["step"] <= after_step]
         write_text_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = path.open("a", encoding="utf-8")
-        self.sinks = [_open(name, run, config) for name in loggers]
+        self.sinks = [_open(name, run, config, after_step) for name in loggers]
 
     def write(self, **metrics: float | int) -> None:
         """Append one line, with at least `step`; flushed, so that it can be followed."""
@@ -26,6 +40,10 @@ class MetricsLog:
         self.file.flush()
         for sink in self.sinks:
             sink.write(metrics)
+
+    def sync(self) -> None:
+        """Wait until the file is on the disk: a checkpoint of this step must not outlive its line."""
+        os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """Close the file and every logger."""
@@ -35,21 +53,23 @@ class MetricsLog:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; a last line cut short by a kill is not one."""
+    """The sound lines of a metrics file; a last line cut short by a kill is not one."""
     found = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
-            found.append(json.loads(text))
+            line = json.loads(text)
         except json.JSONDecodeError:
-            break
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            found.append(line)
     return found
 
 
 class _TensorBoard:
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, after_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(run / "tensorboard"))
+        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=after_step + 1)
 
     def write(self, metrics: dict[str, float | int]) -> None:
         for name, value in metrics.items():
@@ -74,10 +94,7 @@ class _Tracker:
         self.module.finish()
 
 
-def _open(name: Logger, run: Path, config: dict[str, Any]) -> _TensorBoard | _Tracker:
-    try:
-        if name == "tensorboard":
-            return _TensorBoard(run)
-        return _Tracker(__import__(name), run, config)
-    except ImportError:
-        raise TopkapiError(f"--loggers {name} needs the package {name}: pip install {name}.") from None
+def _open(name: Logger, run: Path, config: dict[str, Any], after_step: int) -> _TensorBoard | _Tracker:
+    if name == "tensorboard":
+        return _TensorBoard(run, after_step)
+    return _Tracker(importlib.import_module(name), run, config)

@@ -1,7 +1,7 @@
 """The autoencoder: four parameters, encoding, decoding, normalisation and initialisation."""
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
@@ -155,7 +155,7 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="topkapi", licen
         published.write_published(save_directory, tensors, self.description())
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, device: str | torch.device = "cpu", **hub_options: Any) -> Self:
+    def from_pretrained(cls, name: str | Path, *, device: str | torch.device = "cpu", **hub_options: Any) -> "Autoencoder":
         """The autoencoder published in a folder or, if there is no such folder, under a Hugging Face hub id.
 
         `hub_options` go to huggingface_hub.snapshot_download (revision, token, cache_dir, local_files_only ...).

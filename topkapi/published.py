@@ -28,7 +28,7 @@ def write_published(folder: Path, tensors: dict[str, Tensor], description: dict[
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The description that `write_config` wrote. Raises TopkapiError if it is missing, damaged or not ours."""
-    config = read_json(folder / CONFIG, "Autoencoder")
+    config = read_json(folder / CONFIG, "Autoencoder", "Restore it from a copy, or train again in another folder.")
     if config.get("normalisation") != NORMALISATION:
         raise TopkapiError(
             f"{folder / CONFIG} says normalisation {config.get('normalisation')!r}; this version of Topkapi knows "
@@ -46,7 +46,8 @@ def read_published(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{folder} holds no finished autoencoder: {WEIGHTS} is written when training ends. "
             f"If training was interrupted, continue it: topkapi train {folder} --resume."
         )
-    return load_tensors(path, wanted, "Autoencoder"), config
+    remedy = f"Restore it from a copy; in a run folder, topkapi train {folder} --resume writes it again."
+    return load_tensors(path, wanted, "Autoencoder", remedy), config
 
 
 def commit() -> str:

@@ -5,7 +5,7 @@ neighbours but the batches. A run that is stopped, by a signal or by losing powe
 and ends with the same weights, bit for bit on CPU.
 """
 
-import fcntl
+import importlib.util
 import signal
 import threading
 import time
@@ -29,21 +29,21 @@ from topkapi.data.language_model import LanguageModel
 from topkapi.data.tokens import Splits, tokenize
 from topkapi.dead import DeadCounter
 from topkapi.errors import TopkapiError
-from topkapi.files import sha256_json
+from topkapi.files import lock, remove_leftovers, sha256_json, write_text_atomic
 from topkapi.gradients import Step, relu_step, topk_step
 from topkapi.loss import mse_scale
-from topkapi.metrics import MetricsLog
+from topkapi.metrics import MetricsLog, require
 from topkapi.model import PARAMETERS, Autoencoder
 from topkapi.optim import Optimizer, learning_rate
 
 SAMPLE_TOKENS = 32_768  # for the geometric median, the encoder's scale and the loss's constant
 
 
-class Interrupted(Exception):  # noqa: N818  (a request, not an error)
-    """A signal asked training to stop; everything up to the last step is saved."""
+class Interrupted(BaseException):
+    """A signal asked to stop; everything up to the last step is saved. No Exception: nobody may take it for an error."""
 
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+    def __init__(self, signal_number: int, state: str = "no step was done; run the same command again") -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}: {state}.")
         self.signal_number = signal_number
 
 
@@ -61,6 +61,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, run: Path, source: Source, sample: Float[Tensor, "n d_model"]) -> None:
         self.config, self.run = config, run
+        self.source_identity = source.blocks.identity
         model, language_model = config.model, source.language_model
         self.ae = Autoencoder(
             d_model=language_model.d_model,
@@ -104,11 +105,16 @@ class Trainer:
 
     def check_finite(self, step: int) -> None:
         """Raise TopkapiError before a broken state is logged as progress or saved over a good one."""
-        sums = torch.stack([getattr(self.ae, name).detach().sum() for name in PARAMETERS])
-        if not (torch.isfinite(sums).all() and torch.isfinite(self._last.terms.total())):
+        sums = [getattr(self.ae, name).detach().sum() for name in PARAMETERS]
+        if self._last is not None:
+            sums.append(self._last.terms.total())
+        if not torch.stack(sums).isfinite().all():
+            saved = checkpoint.steps(self.run)
+            kept = f"the checkpoint of step {saved[-1]} is sound" if saved else "no checkpoint was written yet"
             raise TopkapiError(
                 f"{self.run}: loss or weights are no longer finite at step {step} (learning rate "
-                f"{self.config.optim.lr:.3g}). Lower --optim.lr or set --optim.clip-norm 1; the last checkpoint is good."
+                f"{self.config.optim.lr:.3g}); {kept}. Train again in another --run with a lower --optim.lr or with "
+                "--optim.clip-norm 1."
             )
 
     def save(self, step: int, tokens: int, position: dict[str, int]) -> None:
@@ -117,12 +123,18 @@ class Trainer:
         tensors = {name: getattr(self.ae, name).detach() for name in PARAMETERS}
         tensors |= {"silent_for": self.dead.silent_for} | self.optimizer.state()
         meta = {"tokens": tokens, "position": position, "n_steps": self.optimizer.n_steps, "scale": self.scale}
-        meta["metrics"] = self.metrics()
-        checkpoint.save(self.run, step, tensors, meta, self.config.keep_checkpoints)
+        meta |= {"metrics": self.metrics(), "source": self.source_identity}
+        checkpoint.save(self.run, step, tensors, meta)
 
     @torch.no_grad()
     def load_(self, saved: checkpoint.Checkpoint) -> None:
-        """Go back to a checkpoint."""
+        """Go back to a checkpoint. Raises TopkapiError if it was trained on other activations."""
+        theirs = saved.meta["source"]
+        if changed := [name for name, value in self.source_identity.items() if theirs.get(name) != value]:
+            raise TopkapiError(
+                f"{self.run} was trained on other activations: {', '.join(changed)} changed since. Restore the language "
+                "model and the corpus as they were, or train again with another --run."
+            )
         ours = {name: getattr(self.ae, name) for name in PARAMETERS} | self.optimizer.state()
         ours["silent_for"] = self.dead.silent_for
         for name, tensor in ours.items():
@@ -134,32 +146,38 @@ class Trainer:
         """Write the finished autoencoder, with the averaged weights, to the run folder."""
         self.ae.summary = {"tokens": tokens, "steps": self.optimizer.n_steps, **self.metrics()}
         weights = {name: tensor.cpu() for name, tensor in self.optimizer.averaged(self.ae).items()}
-        published.write_published(self.run, weights, self.ae.description())
-        (self.run / published.CARD).write_text(str(self.ae.generate_model_card()), encoding="utf-8")
+        write_text_atomic(self.run / published.CARD, str(self.ae.generate_model_card()))
+        published.write_published(self.run, weights, self.ae.description())  # config.json last: it says "finished"
 
 
 def train(configs: Sequence[TrainConfig], runs: Sequence[Path], resume: bool = False) -> None:
     """Train an autoencoder for each config, side by side on one stream of activations, each in its run folder.
 
     Configs may differ in model, loss, auxk and optim; the rest must agree. With `resume` the runs go on from the
-    newest checkpoint that all of them have.
+    newest checkpoint that all of them have; finished ones stay as they are.
 
     Raises:
         TopkapiError: a run exists already (without resume), a config differs from the one saved, bad input.
         Interrupted: SIGINT or SIGTERM came; checkpoints are written.
     """
-    _check_agreement(configs)
+    _check_agreement(configs, runs)
+    require(configs[0].loggers)
     with ExitStack() as stack:
         for config, run in zip(configs, runs, strict=True):
-            _check_run(config, run, resume)
             stack.enter_context(_locked(run))
-        source = open_source(configs[0])
-        configs = [config.resolved(source.language_model.d_model) for config in configs]
-        batches = ShuffledBatches(source.blocks, configs[0].batch_tokens, configs[0].data.seed)
-        sample = batches.sample(SAMPLE_TOKENS)
+            _check_run(config, run, resume)
+        if resume and all(map(_is_finished, runs)):
+            say(f"{', '.join(map(str, runs))}: finished before, nothing left to do.")
+            return
+        stop = stack.enter_context(_signals())
+        with stop.waiting():  # nothing of the runs changes while the source is opened
+            source = open_source(configs[0])
+            configs = [config.resolved(source.language_model.d_model) for config in configs]
+            batches = ShuffledBatches(source.blocks, configs[0].batch_tokens, configs[0].data.seed)
+            sample = batches.sample(SAMPLE_TOKENS)
         trainers = [Trainer(config, run, source, sample) for config, run in zip(configs, runs, strict=True)]
         step, position = _start(trainers, batches, resume)
-        _loop(trainers, batches, step, position, source)
+        _loop(trainers, batches, step, position, stop)
         for trainer in trainers:
             trainer.publish(configs[0].n_steps * configs[0].batch_tokens)
 
@@ -179,13 +197,13 @@ def _start(trainers: list[Trainer], batches: ShuffledBatches, resume: bool) -> t
 
 
 def _loop(
-    trainers: list[Trainer], batches: ShuffledBatches, step: int, position: dict[str, int], source: Source
+    trainers: list[Trainer], batches: ShuffledBatches, step: int, position: dict[str, int], stop: "_Stop"
 ) -> None:
-    config, device = trainers[0].config, source.language_model.device
+    config, device = trainers[0].config, trainers[0].ae.W_enc.device
     logs = [MetricsLog(t.run, config.loggers, to_dict(t.config), after_step=step) for t in trainers]
     total = config.n_steps * config.batch_tokens
     try:
-        with _signals() as stop, progress("train", total, done=step * config.batch_tokens) as meter:
+        with progress("train", total, done=step * config.batch_tokens) as meter:
             started, first = time.monotonic(), step
             while step < config.n_steps:
                 with stop.waiting():  # nothing of the state changes while data is awaited
@@ -201,22 +219,28 @@ def _loop(
                     shown = _log(trainers, logs, step, tokens, rate)
                 meter.advance(config.batch_tokens, **shown)
                 if step % config.save_every == 0 or step == config.n_steps:
-                    _save(trainers, step, position)
+                    _save(trainers, logs, step, position)
                 stop.check()
     except Interrupted as request:
         if step:
-            _save(trainers, step, position)
+            _save(trainers, logs, step, position)
         names = ", ".join(str(trainer.run) for trainer in trainers)
-        say(f"{request}: {names} saved at step {step} of {config.n_steps}. Continue with the same command and --resume.")
-        raise
+        how = f"topkapi train {names} --resume" if len(trainers) == 1 else "the same command with --resume"
+        state = f"{names} saved at step {step} of {config.n_steps}; continue with {how}"
+        raise Interrupted(request.signal_number, state) from None
     finally:
         for log in logs:
             log.close()
 
 
-def _save(trainers: list[Trainer], step: int, position: dict[str, int]) -> None:
+def _save(trainers: list[Trainer], logs: list[MetricsLog], step: int, position: dict[str, int]) -> None:
+    """Checkpoint all runs; older checkpoints go when all have the new one, so that there is always one they share."""
+    for log in logs:
+        log.sync()
     for trainer in trainers:
         trainer.save(step, step * trainer.config.batch_tokens, position)
+    for trainer in trainers:
+        checkpoint.keep_newest(trainer.run, trainer.config.keep_checkpoints)
 
 
 def _log(
@@ -236,17 +260,23 @@ def open_source(config: TrainConfig) -> Source:
     name = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise TopkapiError("--device cuda: no CUDA device here. Leave --device auto, or install a CUDA build of torch.")
+    if importlib.util.find_spec("transformers") is None:
+        raise TopkapiError("language models need the package transformers: pip install 'topkapi[lm]'.")
     language_model = LanguageModel.load(config.language_model, torch.device(name))
     splits = tokenize(config.data, language_model.tokenizer, config.language_model.name)
     live = LiveBlocks(language_model, splits.train, config.data)
     if config.data.source == "live":
         return Source(language_model, splits, live)
     folder = cache_folder() / "activations" / sha256_json(live.identity)[:16]
-    return Source(language_model, splits, CachedBlocks.build(live, folder))
+    with lock(folder, lambda: say(f"waiting for another process that fills {folder} ...")):
+        remove_leftovers(folder)
+        return Source(language_model, splits, CachedBlocks.build(live, folder))
 
 
 def load_run(run: Path) -> tuple[Autoencoder, TrainConfig]:
     """The finished autoencoder of a run folder, and the config that made it."""
+    if not run.is_dir():
+        raise TopkapiError(f"no run {run}: give the folder that topkapi train wrote, as in topkapi eval runs/demo.")
     ae = Autoencoder.from_pretrained(run)
     if ae.training_config is None:
         raise TopkapiError(f"{run} was not trained by Topkapi: its config.json holds no training settings.")
@@ -258,7 +288,17 @@ def saved_config(run: Path) -> TrainConfig:
     return from_dict(TrainConfig, published.read_config(run)["training"])
 
 
-def _check_agreement(configs: Sequence[TrainConfig]) -> None:
+def _is_finished(run: Path) -> bool:
+    try:
+        published.read_published(run)
+    except TopkapiError:
+        return False
+    return True
+
+
+def _check_agreement(configs: Sequence[TrainConfig], runs: Sequence[Path]) -> None:
+    if len({run.absolute() for run in runs}) < len(runs):
+        raise TopkapiError(f"each autoencoder needs a folder of its own; got {', '.join(map(str, runs))}.")
     own = ("model", "loss", "auxk", "optim")
     first = configs[0]
     for config in configs[1:]:
@@ -289,13 +329,14 @@ def _check_run(config: TrainConfig, run: Path, resume: bool) -> None:
 
 @contextmanager
 def _locked(run: Path) -> Iterator[None]:
-    """Hold the run folder for this process; it is freed however the process ends."""
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TopkapiError(f"another process is training in {run}; wait for it, or name another --run.") from None
+    """Hold the run folder for this process, and clear away what a killed one left half-written."""
+
+    def busy() -> None:
+        raise TopkapiError(f"another process is training in {run}; wait for it, or name another --run.")
+
+    with lock(run, busy):
+        remove_leftovers(run)
+        remove_leftovers(run / "checkpoints")
         yield
 
 

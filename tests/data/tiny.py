@@ -5,11 +5,37 @@ from pathlib import Path
 
 import numpy as np
 
-DETERMINERS = "the a this every some no".split()
-ADJECTIVES = "old red quiet early broken tall distant simple careful northern".split()
-NOUNS = "river house engineer morning letter garden machine question captain winter bridge".split()
-VERBS = "finds follows opens remembers carries leaves builds answers watches crosses".split()
-ADVERBS = "slowly again often quietly never yesterday".split()
+DETERMINERS = ["the", "a", "this", "every", "some", "no"]
+ADJECTIVES = ["old", "red", "quiet", "early", "broken", "tall", "distant", "simple", "careful", "northern"]
+NOUNS = [
+    "river",
+    "house",
+    "engineer",
+    "morning",
+    "letter",
+    "garden",
+    "machine",
+    "question",
+    "captain",
+    "winter",
+    "bridge",
+]
+NOUNS += [
+    "journal",
+    "scholar",
+    "mountain",
+    "lantern",
+    "village",
+    "doctor",
+    "orchard",
+    "theatre",
+    "compass",
+    "harbour",
+    "notebook",
+]
+VERBS = ["finds", "follows", "opens", "remembers", "carries", "leaves", "builds", "answers", "watches", "crosses"]
+VERBS += ["describes", "gathers", "imagines", "protects", "welcomes"]
+ADVERBS = ["slowly", "again", "often", "quietly", "never", "yesterday"]
 
 
 def sentences(seed: int, count: int) -> str:

@@ -1,7 +1,7 @@
 """Strongest contexts against a search of everything; the choice of latents; what is printed.
 
 Mutations seen caught: a window taken twice; ties decided by the order of blocks; firings of value 0 counted; markup
-in the text obeyed; a token's bytes decoded alone.
+in the text obeyed; parts decoded alone; repeated text shown.
 """
 
 import io
@@ -114,6 +114,29 @@ def found_with(firings, n_latents=2, m=4, n_tokens=1000, context=64):
     return Strongest(context, n_tokens, n_fired, values, positions)
 
 
+def test_chosen_latents_are_evenly_spaced_over_the_ranking():
+    """Latents 0..9 pass, the strongest first; 10 fires too often, 11 in too few windows, 12 never."""
+    firings = {i: [(10.0 - i, 64 * j) for j in range(4)] for i in range(11)} | {11: [(99.0, 0)]}
+    found = found_with(firings, n_latents=13)
+    found.n_fired[10] = 500
+    chosen, rule = choose_latents(found, count=5)
+    assert chosen == [1, 3, 5, 7, 9]
+    assert rule.startswith("5 of the 10 latents that fire on 0.01% to 1.00% of tokens, in 4 contexts or more")
+
+
+def test_too_few_latents_in_the_band_widen_the_choice_and_the_rule_says_so():
+    found = found_with({0: [(1.0, 0)], 1: [(2.0, 0)]}, n_latents=3)
+    chosen, rule = choose_latents(found)
+    assert chosen == [1, 0]
+    assert "2 of the 2 latents that fire at all (only 0 fire on" in rule
+
+
+def test_nothing_fires_nothing_is_chosen():
+    assert choose_latents(found_with({})).latents == []
+    empty = strongest_contexts(random_autoencoder(), [], CONTEXT)
+    assert choose_latents(empty).latents == []
+
+
 def test_examples_stay_within_their_window_and_repeat_no_text():
     text = b"0123456789" * 5 + b"abcdefghij" * 5
     found = found_with({0: [(3.0, 55), (2.0, 65), (1.5, 52), (1.0, 3)]}, context=10)
@@ -130,7 +153,7 @@ def test_the_window_shows_twelve_tokens_before_and_six_after():
     assert before + token + after == text[18:37].decode()
 
 
-@pytest.mark.parametrize("text", ["naïve – “déjà vu” 日本語 🎉!", "🎉🎉", "ascii"])
+@pytest.mark.parametrize("text", ["naïve — “déjà vu” 日本語 🎉!", "🎉🎉", "ascii"])
 def test_parts_join_to_the_whole_text_wherever_the_token_cuts_a_character(text):
     ids = list(text.encode())
     for at in range(len(ids)):

@@ -1,7 +1,7 @@
 """Reconstruction metrics against loops in float64.
 
-Mutations seen caught: variance as sum |x|^2 - n |mean|^2 in float32; merging without the shift term; raw instead of
-normalised error; l0 counting k instead of values > 0.
+Mutations seen caught: deviations summed in float32; merging without the shift term; raw instead of normalised error;
+l0 counting k instead of values > 0.
 """
 
 import math

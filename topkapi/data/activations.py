@@ -10,6 +10,7 @@
 `topkapi.data.batches` turns blocks into training batches.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import torch
 from jaxtyping import BFloat16, Bool, Float32, Int, Int64
+from safetensors.torch import load, save
 from torch import Tensor
 
 from topkapi.config import DataConfig
@@ -179,9 +181,7 @@ class LiveBlocks:
     def __getitem__(self, i: int) -> Block:
         return self.harvest(i)[0]
 
-    def harvest(
-        self, i: int, advance: Callable[[int], object] = lambda _: None
-    ) -> tuple[Block, HarvestCounts]:
+    def harvest(self, i: int, advance: Callable[[int], object] = lambda _: None) -> tuple[Block, HarvestCounts]:
         """Block i and what was left out of it."""
         block, counts = harvest(self.lm, self.token_file, self.groups[i], self.config, advance)
         self._counts[i] = counts
@@ -247,18 +247,17 @@ class CachedBlocks:
         return len(self._blocks)
 
     def __getitem__(self, i: int) -> Block:
-        """Block i, on the CPU; reads the file twice, once for its checksum."""
-        from safetensors.torch import load_file
-
-        path = _block_path(self.folder, i)
+        """Block i, on the CPU. Its bytes are read once, so what was verified is what is used."""
         expected = self._blocks[i]["sha256"]
-        if not path.is_file() or sha256(path) != expected:
+        path = _block_path(self.folder, i)
+        data = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(data).hexdigest() != expected:
             state = "damaged" if path.is_file() else "missing"
             raise TopkapiError(
                 f"Block {i} of the activation cache is {state}: {path}. Build the cache again; the other blocks "
                 "are kept."
             )
-        tensors = load_file(path)
+        tensors = load(data)
         return Block(tensors["x"], tensors["positions"])
 
     @property
@@ -272,12 +271,10 @@ def _block_path(folder: Path, i: int) -> Path:
 
 
 def _write_block(path: Path, block: Block) -> dict[str, Any]:
-    from safetensors.torch import save
-
     # Bytes first, then an ordinary write: safetensors' own would report a full disk as a SafetensorError.
     data = save({"x": block.x.cpu(), "positions": block.positions.cpu()})
     write_atomic(path, lambda temporary: temporary.write_bytes(data))
-    return {"rows": len(block.x), "sha256": sha256(path)}
+    return {"rows": len(block.x), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _require_same(folder: Path, manifest: dict[str, Any], expected: dict[str, Any]) -> None:

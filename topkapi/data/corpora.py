@@ -176,9 +176,7 @@ def _rows(dataset: str, split: str) -> Iterator[dict[str, Any]]:
     # datasets raises dozens of types, from its own to those of aiohttp, pyarrow and fsspec.
     try:
         with _without_bars():
-            rows: Iterable[dict[str, Any]] = datasets.load_dataset(
-                path, configuration, split=split, streaming=True
-            )
+            rows: Iterable[dict[str, Any]] = datasets.load_dataset(path, configuration, split=split, streaming=True)
         yield from rows
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]

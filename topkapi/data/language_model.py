@@ -106,7 +106,7 @@ class LanguageModel:
             reached.append(hidden)
             raise _SiteReached
 
-        with self._at_site(keep), quiet():
+        with self._at_site(keep):
             try:
                 self.model.base_model(input_ids=self._checked(tokens), use_cache=False)
             except _SiteReached:
@@ -119,7 +119,7 @@ class LanguageModel:
     ) -> Float32[Tensor, "b context vocab"]:
         """Logits of the next token; `replace` maps the activations at the site to those that go on instead."""
         tokens = self._checked(tokens)
-        with self._at_site(replace), quiet():
+        with self._at_site(replace):
             return self.model(input_ids=tokens, use_cache=False).logits.float()
 
     def _checked(self, tokens: Tensor) -> Tensor:
@@ -195,17 +195,15 @@ def find_source(name: str) -> Source:
 
 
 def _from_pretrained(source: Source, name: str, dtype: torch.dtype) -> tuple[Any, Any, dict[str, Any]]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
     # trust_remote_code=False: without it transformers may ask on the terminal.
     how: dict[str, Any] = {"local_files_only": source.is_local, "trust_remote_code": False}
     # transformers lets through what its parts raise: OSError, ValueError, SafetensorError, KeyError ...
     try:
-        settings, _ = PreTrainedConfig.get_config_dict(source.path, **how)
+        settings, _ = PretrainedConfig.get_config_dict(source.path, **how)
         tokenizer = AutoTokenizer.from_pretrained(source.path, **how)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source.path, dtype=dtype, output_loading_info=True, **how
-        )
+        model, report = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, output_loading_info=True, **how)
     except Exception as error:
         raise TopkapiError(_load_failure(source, name, error)) from None
     if report["missing_keys"]:
@@ -270,8 +268,15 @@ def _fingerprint(model: nn.Module, settings: dict[str, Any]) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' log lines, progress bars and Python warnings within the block."""
-    from transformers.utils import logging
+    """Silence transformers' log lines, progress bars and Python warnings within the block.
+
+    Raises:
+        TopkapiError: transformers is not installed.
+    """
+    try:
+        from transformers.utils import logging
+    except ImportError as error:
+        raise TopkapiError(f"Language models need more packages ({error}): pip install 'topkapi[lm]'") from None
 
     level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -60,9 +60,7 @@ class TokenFile:
             path = folder / f"{name}.bin"
             if not path.is_file() or sha256(path) != facts[name]:
                 state = "damaged" if path.is_file() else "missing"
-                raise TopkapiError(
-                    f"Token file {path} is {state}: delete the folder {folder.parent} and run again."
-                )
+                raise TopkapiError(f"Token file {path} is {state}: delete the folder {folder.parent} and run again.")
         return cls(
             tokens=np.memmap(folder / "tokens.bin", dtype=facts["dtype"], mode="r"),
             offsets=np.fromfile(folder / "offsets.bin", dtype="<i8"),

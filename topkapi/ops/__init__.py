@@ -27,7 +27,7 @@ __all__ = [
 
 
 def encode_topk(
-    x: Float[Tensor, "n d_model"],
+    x: Float[Tensor, "..."],  # (n, d_model), checked below: users pass (batch, context, d_model)
     W_enc: Float[Tensor, "n_latents d_model"],
     latent_bias: Float[Tensor, " n_latents"],
     pre_bias: Float[Tensor, " d_model"],
