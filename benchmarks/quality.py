@@ -8,8 +8,8 @@ what the paper trains on: each token's mean over d_model removed, then scaled to
 the peers' learning rates assume it; so all minimise the same error. With --raw each gets raw activations, applies
 whatever normalisation is its own, and the error is measured on the raw activations.
 
-Each peer is trained with its documented defaults, and again with each learning rate of --lr, which Topkapi is given
-too. Measured on held-out documents: normalized MSE about the held-out mean, L0 and the share of latents that never
+Each peer is trained with its documented defaults (Topkapi: the optimiser of its recipes for short runs), and again
+with each learning rate of --lr, which Topkapi is given too. Measured on held-out documents: normalized MSE about the held-out mean, L0 and the share of latents that never
 fire there. Writes a table and JSON.
 """
 
@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,7 @@ from topkapi.config import AuxKConfig, DataConfig, LanguageModelConfig, ModelCon
 from topkapi.console import progress, say
 from topkapi.data.activations import harvest
 from topkapi.loss import normalized_mse
+from topkapi.recipes import SHORT_RUN
 from topkapi.train import Source, Trainer, open_source
 
 
@@ -96,15 +96,15 @@ def ours(data: Data, options: argparse.Namespace, optim: OptimConfig, dead_after
     """Train Topkapi on the shared batches and measure it."""
     d_model, device = data.train.shape[1], data.train.device
     config = TrainConfig(
-        model=ModelConfig(n_latents=options.n_latents, k=options.k),
+        model=ModelConfig(n_latents=options.n_latents, k=options.k, encoder_scale=options.encoder_scale),
         auxk=AuxKConfig(dead_after=dead_after),
         optim=optim,
         tokens=options.tokens,
         batch_tokens=options.batch,
     ).resolved(d_model)
-    source = SimpleNamespace(language_model=SimpleNamespace(d_model=d_model, device=device))
+
     batches = list(data.batches(options.batch, 8))
-    trainer = Trainer(config, Path("unused"), source, torch.cat(batches)[:32_768])
+    trainer = Trainer(config, Path("unused"), data.source, torch.cat(batches)[:32_768])
     started = time.perf_counter()
     with progress("topkapi", options.tokens) as meter:
         for step, x in enumerate(data.batches(options.batch, config.n_steps)):
@@ -172,12 +172,13 @@ def main() -> None:
     parser.add_argument("--dead-after", type=int, default=200_000, help="tokens; the same for all")
     parser.add_argument("--lr", type=float, nargs="*", default=[3e-4, 1e-3])
     parser.add_argument("--peers", nargs="*", default=list(PEERS))
+    parser.add_argument("--encoder-scale", type=float, default=0.5, help="Topkapi's, as in its recipes")
     parser.add_argument("--raw", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/quality.json"))
     options = parser.parse_args()
 
     data, rows = load(options), []
-    default = OptimConfig()
+    default = SHORT_RUN
     for lr in [None, *options.lr]:
         optim = default if lr is None else replace(default, lr=lr)
         rows.append({**ours(data, options, optim, options.dead_after), "defaults": lr is None})

@@ -10,7 +10,6 @@ L1 coefficients. Writes OUT.png and OUT.json.
 import argparse
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import matplotlib as mpl
@@ -40,9 +39,9 @@ def train_one(data: Data, options: argparse.Namespace, kind: str, k: int, coeffi
         tokens=options.tokens,
         batch_tokens=options.batch,
     ).resolved(data.train.shape[1])
-    source = SimpleNamespace(language_model=SimpleNamespace(d_model=data.train.shape[1], device=data.train.device))
+
     sample = next(data.batches(min(32_768, len(data.train)), 1))
-    trainer, curve = Trainer(config, Path("unused"), source, sample), []
+    trainer, curve = Trainer(config, Path("unused"), data.source, sample), []
     every = max(1, config.n_steps // 40)
     for step, x in enumerate(data.batches(options.batch, config.n_steps)):
         trainer.step_(trainer.ae.normalise(x).x, step)

@@ -54,9 +54,9 @@ def tiny_live_config(tiny_config):
     return replace(tiny_config, data=replace(tiny_config.data, source="live"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread():
-    """One thread: the tensors here are so small that threads only wait for each other."""
+    """One thread: the tensors here are so small that threads only wait for each other, and bits depend on threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -35,30 +35,40 @@ def whole(fork_server, tiny_config, tmp_path_factory):
     return folder / "run", time.monotonic() - started, counts
 
 
-def kill_and_resume(fork_server, config, whole, folder, random, first_phase=None):
-    """One run, killed one to three times; the phases and times of the kills that hit."""
-    run, seconds, counts = whole
-    hits = []
-    arguments = train_arguments(config, folder / "run", "--resume")
+def kill(fork_server, arguments, folder, whole, random, resumed, phase=None):
+    """Start or go on with a run and kill it; what it was doing, or None if it came to its end first."""
+    _, seconds, counts = whole
     log, cache = folder / "log", folder / "cache"
-    for i in range(random.integers(1, 4)):
-        phase = first_phase if first_phase and i == 0 else None
-        if phase or random.random() < 0.5:
-            phase = phase or random.choice(KILLED_PHASES)
-            moment = (phase, int(random.integers(1, counts[phase] + 1)))
-            status = fork_server.run(arguments, log, cache, kill_at=moment)
-        else:
-            pid = fork_server.start(arguments, log, cache)
-            time.sleep(random.uniform(0, seconds))
-            os.kill(pid, signal.SIGKILL)
-            phase, status = "random time", fork_server.wait(pid)
-        assert status in (0, -signal.SIGKILL), log.read_text()
-        hits += [phase] if status else []
-    assert fork_server.run(arguments, log, cache) == 0, log.read_text()
-    assert_same_run(folder / "run", run)
-    assert contents(folder / "run")["config.json"] == contents(run)["config.json"]
-    assert [line["step"] for line in metrics(folder / "run")] == list(range(1, 21))
-    assert not [name for name in contents(folder / "run") if name.endswith(".tmp")]
+    if phase or random.random() < 0.5:
+        phase = phase or str(random.choice(KILLED_PHASES))
+        moment = (phase, int(random.integers(1, counts[phase] // (3 if resumed else 1) + 1)))
+        status = fork_server.run(arguments, log, cache, kill_at=moment)
+    else:
+        pid = fork_server.start(arguments, log, cache)
+        time.sleep(random.uniform(0, seconds))
+        os.kill(pid, signal.SIGKILL)
+        phase, status = "random time", fork_server.wait(pid)
+    assert status in (0, -signal.SIGKILL), log.read_text()
+    return phase if status else None
+
+
+def kill_and_resume(fork_server, config, whole, folder, random, first_phase=None):
+    """One run, killed one to four times; what it was doing each time."""
+    hits, attempt = [], 0
+    while not hits:  # a run that ended before its first kill is no trial
+        attempt, home = attempt + 1, folder / str(attempt)
+        home.mkdir()
+        arguments = train_arguments(config, home / "run", "--resume")
+        kills = [kill(fork_server, arguments, home, whole, random, False, first_phase)]
+        kills += [kill(fork_server, arguments, home, whole, random, True) for _ in range(random.integers(0, 4))]
+        hits = [phase for phase in kills if phase]
+    log = home / "log"
+    assert fork_server.run(arguments, log, home / "cache") == 0, log.read_text()
+    run = whole[0]
+    assert_same_run(home / "run", run)
+    assert contents(home / "run")["config.json"] == contents(run)["config.json"]
+    assert [line["step"] for line in metrics(home / "run")] == list(range(1, 21))
+    assert not [name for name in contents(home / "run") if name.endswith(".tmp")]
     return hits
 
 

@@ -52,7 +52,7 @@ def test_equals_torch_adam_step_by_step(clip_norm: float, unit_norm: bool) -> No
     scale = math.sqrt(D_MODEL - 1)
     groups = [
         {"params": [plain.W_enc, plain.W_dec], "lr": 0.01, "eps": config.eps},
-        {"params": [plain.latent_bias, plain.pre_bias], "lr": 0.01 / scale, "eps": config.eps * scale},
+        {"params": [plain.latent_bias, plain.pre_bias], "lr": 0.01, "eps": config.eps * scale},
     ]
     adam = torch.optim.Adam(groups)
     average = {name: torch.zeros_like(getattr(plain, name)) for name in PARAMETERS}

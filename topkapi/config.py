@@ -104,6 +104,9 @@ class ModelConfig:
     activation: Literal["topk", "relu"] = "topk"
     """topk: Gao et al. 2024. relu: the L1 baselines, see LossConfig."""
 
+    encoder_scale: float = 1.0
+    """Initial scale of the encoder; at 1 reconstructions start as long as what they reconstruct."""
+
     seed: int = 0
     """Seed of the initial decoder directions."""
 
@@ -111,6 +114,7 @@ class ModelConfig:
         _require(self, "n_latents", self.n_latents >= 1, "at least 1")
         _require(self, "k", self.k >= 1, "at least 1")
         _require(self, "k", self.k <= self.n_latents, f"at most n_latents={self.n_latents}")
+        _require(self, "encoder_scale", self.encoder_scale > 0, "more than 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +156,8 @@ class OptimConfig:
     """Adam, the decoder's norm, gradient clipping and the averaged weights."""
 
     lr: float | Literal["auto"] = "auto"
-    """Learning rate; auto is 2e-4 sqrt(2^14 / n_latents)."""
+    """Learning rate; auto is 1e-3 sqrt(2^14 / n_latents), for runs of millions of tokens. The paper, training for
+    billions in batches of 131 072, used about a fifth of it."""
 
     lr_warmup: float = 0.0
     """Share of the training tokens over which the learning rate rises linearly from 0."""
@@ -267,7 +272,7 @@ class TrainConfig:
         if auxk == "auto":
             auxk = 2 ** round(math.log2(max(d_model / 2, 1)))
         if lr == "auto":
-            lr = 2e-4 * math.sqrt(2**14 / self.model.n_latents)
+            lr = 1e-3 * math.sqrt(2**14 / self.model.n_latents)
         return replace(self, auxk=replace(self.auxk, auxk=auxk), optim=replace(self.optim, lr=lr))
 
 

@@ -73,12 +73,13 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="topkapi", licen
         self.pre_bias = nn.Parameter(torch.zeros(d_model))
 
     @torch.no_grad()
-    def initialise_(self, sample: Float[Tensor, "n d_model"]) -> None:
+    def initialise_(self, sample: Float[Tensor, "n d_model"], encoder_scale: float = 1.0) -> None:
         """Fit pre_bias and the encoder's scale to a sample of normalised activations.
 
         pre_bias becomes the sample's geometric median. The encoder, parallel to the decoder, is scaled so that
-        reconstructions are as long as what they reconstruct: mean |recon - pre_bias| = mean |x - pre_bias|. As
-        latents are proportional to the encoder while latent_bias is 0, one division does it.
+        reconstructions are `encoder_scale` times as long as what they reconstruct:
+        mean |recon - pre_bias| = encoder_scale mean |x - pre_bias|. As latents are proportional to the encoder
+        while latent_bias is 0, one division does it.
 
         Source: Gao et al. 2024, appendix A.1.
         """
@@ -90,7 +91,7 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="topkapi", licen
         recon = torch.cat([self.decode(*self.encode(rows)) for rows in part.split(512)]) - self.pre_bias
         length = recon.norm(dim=1).mean()
         if length > 0:
-            self.W_enc.mul_((part - self.pre_bias).norm(dim=1).mean() / length)
+            self.W_enc.mul_(encoder_scale * (part - self.pre_bias).norm(dim=1).mean() / length)
 
     @staticmethod
     def normalise(raw: Float[Tensor, "... d_model"]) -> Normalised:

@@ -5,11 +5,11 @@ reduced just before, so that no gradient of the weights' size exists. With clipp
 its norm must be known before the first update.
 
 Scale. The loss is normalized MSE, so gradients of W_enc and W_dec do not depend on the scale of x, and the paper's
-learning rate and epsilon (6.25e-10, small beside gradients averaged over a large batch) apply unchanged. The paper's
-code feeds inputs of norm sqrt(d_model - 1); ours have norm 1. Under x -> c x the equivalent biases scale by c and
-their gradients by 1 / c, so here, where c = 1 / sqrt(d_model - 1), bias gradients are sqrt(d_model - 1) times larger
-and useful changes of a bias as many times smaller. Adam is told both: for the two biases the learning rate is
-divided by sqrt(d_model - 1) and epsilon multiplied by it, which makes training the same in either scale.
+epsilon (6.25e-10, small beside gradients averaged over a large batch) applies to them unchanged. The paper's code feeds
+inputs of norm sqrt(d_model - 1); ours have norm 1. Under x -> c x the equivalent biases scale by c and their gradients
+by 1 / c; with c = 1 / sqrt(d_model - 1) bias gradients are sqrt(d_model - 1) times larger here, and so is the epsilon
+that they are compared with. By the same reasoning the biases' learning rate would be divided by sqrt(d_model - 1);
+measured, that is never better and slower at small learning rates (docs/LOG.md), so all four parameters share one.
 
 Source: Gao et al. 2024, appendix A.3; OpenAI's published code for the values.
 """
@@ -65,8 +65,7 @@ class Optimizer:
                 self._update_(ae, name, slice(start, stop), grad.mul_(scale), lr, self.config.eps)
         for name in ("latent_bias", "pre_bias"):
             grad = getattr(gradients, name) * scale
-            bias_lr, eps = lr / self.bias_scale, self.config.eps * self.bias_scale
-            self._update_(ae, name, slice(None), grad, bias_lr, eps)
+            self._update_(ae, name, slice(None), grad, lr, self.config.eps * self.bias_scale)
         return norm
 
     def _block(

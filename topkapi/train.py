@@ -74,7 +74,7 @@ class Trainer:
             training=to_dict(config),
         ).to(language_model.device)
         x = self.ae.normalise(sample.to(language_model.device)).x
-        self.ae.initialise_(x)
+        self.ae.initialise_(x, model.encoder_scale)
         self.scale = mse_scale(x)
         self.optimizer = Optimizer(self.ae, config.optim)
         self.dead = DeadCounter(model.n_latents, language_model.device)

@@ -37,9 +37,10 @@ def _scratch(rows: int, columns: int, like: Tensor) -> Tensor:
     """An uninitialised (rows, columns) tensor; on CPU the same memory each time, a thread to itself."""
     if like.device.type != "cpu":
         return like.new_empty(rows, columns)
-    kept = _kept.__dict__.setdefault(like.dtype, like.new_empty(0))
-    if kept.numel() < rows * columns:
-        kept = _kept.__dict__[like.dtype] = like.new_empty(rows * columns)
+    kept = _kept.__dict__.get(like.dtype)
+    if kept is None or kept.numel() < rows * columns:
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside it
+            kept = _kept.__dict__[like.dtype] = torch.empty(rows * columns, dtype=like.dtype)
     return kept[: rows * columns].view(rows, columns)
 
 

@@ -1,0 +1,238 @@
+"""Seen to fail when: the dead counters, the EMA or the data position are not restored; a signal before the first step
+after a resume finds no loss to check; checkpoints are pruned before all runs side by side have the new one; the
+autoencoders side by side share a dead counter."""
+
+import errno
+import json
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.command_line import assert_same_run, contents, metrics, one_line, train_arguments
+from tests.data.tiny import make_corpus
+from topkapi import checkpoint
+from topkapi.config import LossConfig, ModelConfig, OptimConfig, to_dict
+from topkapi.data.batches import ShuffledBatches
+from topkapi.errors import TopkapiError
+from topkapi.train import Interrupted, Trainer, load_run, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(one_thread, tiny_config, tmp_path_factory):
+    """A finished run of `tiny_config`."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    train([tiny_config], [run])
+    return run
+
+
+def stop_in_step(monkeypatch, step, signal_number=signal.SIGTERM):
+    """From here on a signal arrives while step `step` (from 1) is computed."""
+    original = Trainer.step_
+
+    def step_(self, x, done):
+        if done == step - 1:
+            os.kill(os.getpid(), signal_number)
+        original(self, x, done)
+
+    monkeypatch.setattr(Trainer, "step_", step_)
+
+
+def test_a_finished_run_folder_holds_what_it_should(undisturbed, tiny_config):
+    assert {path.name for path in undisturbed.iterdir()} == {
+        ".lock", "README.md", "checkpoints", "config.json", "metrics.jsonl", "model.safetensors",
+    }  # fmt: skip
+    assert checkpoint.steps(undisturbed) == [15, 20]
+    lines = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert lines[-1]["tokens"] == tiny_config.tokens
+    assert lines[0]["lr"] == 0
+    assert lines[-1]["mse"] < lines[0]["mse"] - 0.01
+    assert max(line["auxk"] for line in lines) > 0, "no latent died: AuxK is not covered"
+    ae, config = load_run(undisturbed)
+    assert config == tiny_config.resolved(64)
+    assert ae.summary["steps"] == 20
+    assert ae.summary["mse"] == lines[-1]["mse"]
+
+
+@pytest.mark.parametrize("stops", [(10,), (3,), (7, 13), (20,)])
+def test_stopped_and_resumed_equals_undisturbed(undisturbed, tiny_config, tmp_path, stops):
+    run = tmp_path / "run"
+    for stop in stops:
+        with pytest.MonkeyPatch.context() as patch:
+            stop_in_step(patch, stop)
+            with pytest.raises(Interrupted, match=f"SIGTERM: .* saved at step {stop} of 20; continue with topkapi"):
+                train([tiny_config], [run], resume=True)
+        assert checkpoint.steps(run)[-1] == stop
+        assert not (run / "model.safetensors").exists()
+    train([tiny_config], [run], resume=True)
+    assert_same_run(run, undisturbed)
+    assert (run / "config.json").read_bytes() == (undisturbed / "config.json").read_bytes()
+
+
+def test_stopped_while_waiting_for_data_right_after_a_resume(undisturbed, tiny_config, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_in_step(patch, 4)
+        train([tiny_config], [run])
+
+    def wait_long(_):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="SIGINT: .* saved at step 4 of 20"):
+        patch.setattr(ShuffledBatches, "__next__", wait_long)
+        train([tiny_config], [run], resume=True)
+    train([tiny_config], [run], resume=True)
+    assert_same_run(run, undisturbed)
+
+
+def test_stopped_while_the_source_is_opened(tiny_config, tmp_path, monkeypatch):
+    def open_long(_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr("topkapi.train.open_source", open_long)
+    with pytest.raises(Interrupted, match="no step was done; run the same command again"):
+        train([tiny_config], [tmp_path / "run"])
+    assert contents(tmp_path / "run") == {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_a_locked_run_is_refused(fork_server, tiny_config, tiny_cache, tmp_path, number):
+    config = replace(tiny_config, tokens=20_000, save_every=1000)
+    run, log = tmp_path / "run", tmp_path / "log"
+    pid = fork_server.start(train_arguments(config, run), log, tiny_cache.parent)
+    deadline = time.monotonic() + 60
+    while not (run / "metrics.jsonl").exists() or len(metrics(run)) < 7:
+        assert time.monotonic() < deadline, log.read_text()
+    with pytest.raises(TopkapiError, match="another process is training in"):
+        train([config], [run], resume=True)
+    os.kill(pid, number)
+    assert fork_server.wait(pid) == 128 + number
+    line = one_line(log.read_text())
+    assert line.startswith(f"topkapi: stopped by {number.name}: {run} saved at step ")
+    assert line.endswith(f"of 200; continue with topkapi train {run} --resume.")
+    assert 7 <= checkpoint.steps(run)[-1] < 200
+    log.unlink()
+    assert fork_server.run(["train", str(run), "--resume"], log, tiny_cache.parent) == 0, log.read_text()
+    assert [line["step"] for line in metrics(run)] == list(range(1, 201))
+    train([config], [tmp_path / "whole"])
+    assert_same_run(run, tmp_path / "whole")
+
+
+def neighbours(config):
+    """Autoencoders that differ in all that may differ."""
+    wide = replace(config, model=ModelConfig(n_latents=200, k=7, seed=1))
+    clipped = replace(config, optim=replace(config.optim, lr=1e-2, clip_norm=0.1, ema_decay=0.0))
+    relu = replace(
+        config,
+        model=ModelConfig(n_latents=96, activation="relu"),
+        loss=LossConfig(sparsity="l1", l1_coefficient=0.05),
+    )
+    free = replace(
+        relu,
+        loss=LossConfig(sparsity="l1_decoder_norm", l1_coefficient=0.05),
+        optim=OptimConfig(lr=1e-3, unit_norm_decoder=False),
+    )
+    return [config, wide, clipped, relu, free]
+
+
+def test_side_by_side_equals_alone(undisturbed, tiny_config, tmp_path, monkeypatch):
+    configs = neighbours(tiny_config)
+    together = [tmp_path / f"together-{i}" for i in range(len(configs))]
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="continue with the same command with --resume"):
+        stop_in_step(patch, 12)
+        train(configs, together)
+    train(configs, together, resume=True)
+    alone = [undisturbed]
+    for i, config in enumerate(configs[1:]):
+        alone.append(tmp_path / f"alone-{i}")
+        train([config], [alone[-1]])
+    for ours, theirs in zip(together, alone, strict=True):
+        assert_same_run(ours, theirs)
+
+
+def test_live_activations_train_exactly_as_cached_ones(undisturbed, tiny_live_config, tmp_path):
+    run = tmp_path / "run"
+    train([tiny_live_config], [run])
+    assert_same_run(run, undisturbed)
+
+
+def test_resuming_a_finished_run_changes_nothing(undisturbed, tiny_config, capsys):
+    def stamps():
+        return {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
+
+    before, held = stamps(), contents(undisturbed)
+    train([tiny_config], [undisturbed], resume=True)
+    assert stamps() == before
+    assert contents(undisturbed) == held
+    assert "finished before, nothing left to do" in capsys.readouterr().err
+
+
+def test_a_damaged_finished_autoencoder_is_written_again(tiny_config, tmp_path):
+    run = tmp_path / "run"
+    train([tiny_config], [run])
+    before = contents(run)
+    (run / "model.safetensors").write_bytes(before["model.safetensors"][:-1])
+    train([tiny_config], [run], resume=True)
+    assert contents(run) == before
+
+
+def test_a_damaged_newest_checkpoint_costs_its_steps_only(undisturbed, tiny_config, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_in_step(patch, 13)
+        train([tiny_config], [run])
+    state = run / "checkpoints" / "step-00000013" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:1000])
+    train([tiny_config], [run], resume=True)
+    assert_same_run(run, undisturbed)
+    said = capsys.readouterr().err
+    assert f"warning: checkpoint: {state} is damaged" in said
+    assert "resuming at step 10" in said
+
+
+def test_a_failure_between_two_runs_leaves_a_checkpoint_they_share(tiny_config, tmp_path, monkeypatch):
+    configs = [replace(tiny_config, keep_checkpoints=1, model=replace(tiny_config.model, seed=seed)) for seed in (0, 1)]
+    runs = [tmp_path / "a", tmp_path / "b"]
+    original = checkpoint.save
+
+    def save(run, step, *rest):
+        if run == runs[1] and step == 10:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(run, step, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(checkpoint, "save", save)
+        train(configs, runs)
+    assert [checkpoint.steps(run) for run in runs] == [[5, 10], [5]]
+    train(configs, runs, resume=True)
+    for config, run in zip(configs, runs, strict=True):
+        train([config], [tmp_path / "alone" / run.name])
+        assert_same_run(run, tmp_path / "alone" / run.name)
+
+
+def test_a_run_does_not_go_on_with_another_corpus(tiny_config, tmp_path, monkeypatch):
+    corpus = make_corpus(tmp_path / "corpus.jsonl", 30)
+    config = replace(tiny_config, data=replace(tiny_config.data, corpora=(corpus,)))
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_in_step(patch, 6)
+        train([config], [run])
+    before = contents(run)
+    make_corpus(tmp_path / "corpus.jsonl", 29)
+    with pytest.raises(TopkapiError, match="trained on other activations: tokens changed since"):
+        train([config], [run], resume=True)
+    assert contents(run) == before
+
+
+def test_saved_settings_are_complete(undisturbed, tiny_config):
+    saved = json.loads((undisturbed / "config.json").read_text())
+    assert saved["training"] == to_dict(tiny_config.resolved(64))
+    assert Path(saved["language_model"]).is_dir()

