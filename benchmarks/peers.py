@@ -222,9 +222,7 @@ class SaeLens(Peer):
             normalize_activations="expected_average_only_in" if config.normalize else "none",
             **_given(aux_loss_coefficient=config.auxk_coefficient),
         )
-        window = config.dead_after_tokens and math.ceil(
-            config.dead_after_tokens / config.batch_tokens
-        )
+        window = config.dead_after_tokens and math.ceil(config.dead_after_tokens / config.batch_tokens)
         trainer = settings.SAETrainerConfig(
             total_training_samples=config.total_steps * config.batch_tokens,
             train_batch_size_samples=config.batch_tokens,
@@ -238,9 +236,7 @@ class SaeLens(Peer):
             self.trainer = training.SAETrainer(trainer, self.sae, iter(()))
             if config.normalize:
                 batches = config.batches()
-                self.trainer.activation_scaler.estimate_scaling_factor(
-                    config.d_model, iter(batches), len(batches)
-                )
+                self.trainer.activation_scaler.estimate_scaling_factor(config.d_model, iter(batches), len(batches))
         self.settings = {
             "lr": trainer.lr,
             "schedule": "constant",
@@ -321,9 +317,7 @@ class DictionaryLearning(Peer):
                 **_given(auxk_alpha=config.auxk_coefficient),
             )
             batches = config.batches()
-            self.norm_factor = (
-                training.get_norm_factor(batches, steps=100) if config.normalize else 1.0
-            )
+            self.norm_factor = training.get_norm_factor(batches, steps=100) if config.normalize else 1.0
         if config.dead_after_tokens is not None:
             self.trainer.dead_feature_threshold = config.dead_after_tokens
         self.settings = {
@@ -500,9 +494,7 @@ class SparsifyAdam(Sparsify):
     optimizer = "adam"
 
 
-PEERS: dict[str, type[Peer]] = {
-    peer.name: peer for peer in (SaeLens, Sparsify, SparsifyAdam, DictionaryLearning)
-}
+PEERS: dict[str, type[Peer]] = {peer.name: peer for peer in (SaeLens, Sparsify, SparsifyAdam, DictionaryLearning)}
 
 
 @contextmanager
@@ -517,9 +509,7 @@ def import_without(*names: str) -> Iterator[None]:
     find_spec = importlib.util.find_spec
     missing = [n for n in names if find_spec(n.partition(".")[0]) is None]
     sys.modules.update({name: _EmptyModule(name) for name in missing})
-    importlib.util.find_spec = lambda name, package=None: (
-        None if name in missing else find_spec(name, package)
-    )
+    importlib.util.find_spec = lambda name, package=None: None if name in missing else find_spec(name, package)
     try:
         yield
     finally:

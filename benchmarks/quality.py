@@ -149,7 +149,10 @@ def theirs(data: Data, options: argparse.Namespace, name: str, lr: float | None)
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The results as Markdown, best first."""
-    lines = ["| project | setting | lr | normalized MSE | dead fraction | L0 | seconds |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| project | setting | lr | normalized MSE | dead fraction | L0 | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in sorted(rows, key=lambda row: row["normalized_mse"]):
         lines.append(
             f"| {row['project']} {row.get('version', '')} | {'defaults' if row['defaults'] else 'matched lr'} "
@@ -172,7 +175,7 @@ def main() -> None:
     parser.add_argument("--dead-after", type=int, default=200_000, help="tokens; the same for all")
     parser.add_argument("--lr", type=float, nargs="*", default=[3e-4, 1e-3])
     parser.add_argument("--peers", nargs="*", default=list(PEERS))
-    parser.add_argument("--encoder-scale", type=float, default=0.5, help="Topkapi's, as in its recipes")
+    parser.add_argument("--encoder-scale", type=float, default=0.25, help="Topkapi's, as in its recipes")
     parser.add_argument("--raw", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/quality.json"))
     options = parser.parse_args()

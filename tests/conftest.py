@@ -7,7 +7,15 @@ import torch
 
 from tests.data.tiny import make_corpus, make_language_model
 from tests.fork_server import ForkServer
-from topkapi.config import AuxKConfig, DataConfig, EvalConfig, LanguageModelConfig, ModelConfig, OptimConfig, TrainConfig
+from topkapi.config import (
+    AuxKConfig,
+    DataConfig,
+    EvalConfig,
+    LanguageModelConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 
 
 @pytest.fixture(scope="session", autouse=True)

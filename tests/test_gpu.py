@@ -22,10 +22,12 @@ def test_operations_equal_the_cpus() -> None:
     torch.testing.assert_close(gpu_values.sort().values.cpu(), values.sort().values)
     assert torch.equal(gpu_indices.sort().values.cpu(), indices.sort().values)
     torch.testing.assert_close(
-        ops.dense_sparse_matmul(values.cuda(), indices.cuda(), on_gpu[1]).cpu(), ops.dense_sparse_matmul(values, indices, W)
+        ops.dense_sparse_matmul(values.cuda(), indices.cuda(), on_gpu[1]).cpu(),
+        ops.dense_sparse_matmul(values, indices, W),
     )
     torch.testing.assert_close(
-        ops.matmul_at_sparse_indices(on_gpu[0], on_gpu[1], indices.cuda()).cpu(), ops.matmul_at_sparse_indices(x, W, indices)
+        ops.matmul_at_sparse_indices(on_gpu[0], on_gpu[1], indices.cuda()).cpu(),
+        ops.matmul_at_sparse_indices(x, W, indices),
     )
 
 

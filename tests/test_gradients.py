@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from topkapi import loss
 from topkapi import gradients as module
+from topkapi import loss
 from topkapi.config import AuxKConfig, LossConfig
 from topkapi.gradients import Step, relu_step, topk_step
 from topkapi.model import PARAMETERS, Autoencoder
@@ -48,7 +48,9 @@ def dense_topk(pre_acts: torch.Tensor, k: int) -> torch.Tensor:
     return (pre_acts * chosen).relu()
 
 
-def by_autograd(ae: Autoencoder, x: torch.Tensor, scale: float, dead: torch.Tensor, config: AuxKConfig) -> list[torch.Tensor]:
+def by_autograd(
+    ae: Autoencoder, x: torch.Tensor, scale: float, dead: torch.Tensor, config: AuxKConfig
+) -> list[torch.Tensor]:
     latents = dense_topk((x - ae.pre_bias) @ ae.W_enc.T + ae.latent_bias, ae.k)
     recon = latents @ ae.W_dec + ae.pre_bias
     total = loss.mse(x, recon, scale)
@@ -70,7 +72,9 @@ def agree(step: Step, wanted: list[torch.Tensor]) -> None:
 @pytest.mark.parametrize("n_dead", [0, 1, 3, 8, 20, N_LATENTS])  # none, fewer than auxk, as many, more, all
 @pytest.mark.parametrize("bias", [0.0, -1.0])  # -1: most top-k values are not positive
 @pytest.mark.parametrize("dense_below", [0, 1000])  # AuxK the sparse way, the dense way
-def test_step_equals_dense_autograd(n_dead: int, bias: float, dense_below: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_equals_dense_autograd(
+    n_dead: int, bias: float, dense_below: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "DENSE_AUXK_BELOW", dense_below)
     ae, x = made(bias)
     dead = dead_latents(n_dead)

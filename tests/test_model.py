@@ -20,7 +20,9 @@ def test_normalise_and_back() -> None:
     x, mean, norm = Autoencoder.normalise(raw)
     assert x.mean(-1).abs().max() < 1e-6
     assert (x.norm(dim=-1) - 1).abs().max() < 1e-5
-    torch.testing.assert_close(Autoencoder.denormalise(x, mean, norm), raw, rtol=0, atol=1e-6 * float(raw.norm(dim=1).max()))
+    torch.testing.assert_close(
+        Autoencoder.denormalise(x, mean, norm), raw, rtol=0, atol=1e-6 * float(raw.norm(dim=1).max())
+    )
 
 
 def test_a_constant_token_normalises_to_zero_and_comes_back() -> None:

@@ -43,6 +43,14 @@ def stop_in_step(monkeypatch, step, signal_number=signal.SIGTERM):
     monkeypatch.setattr(Trainer, "step_", step_)
 
 
+def train_until(configs, runs, step, resume=False, match="SIGTERM"):
+    """Train until a signal comes in the middle of step `step`."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in_step(patch, step)
+        with pytest.raises(Interrupted, match=match):
+            train(configs, runs, resume=resume)
+
+
 def test_a_finished_run_folder_holds_what_it_should(undisturbed, tiny_config):
     assert {path.name for path in undisturbed.iterdir()} == {
         ".lock", "README.md", "checkpoints", "config.json", "metrics.jsonl", "model.safetensors",
@@ -64,10 +72,8 @@ def test_a_finished_run_folder_holds_what_it_should(undisturbed, tiny_config):
 def test_stopped_and_resumed_equals_undisturbed(undisturbed, tiny_config, tmp_path, stops):
     run = tmp_path / "run"
     for stop in stops:
-        with pytest.MonkeyPatch.context() as patch:
-            stop_in_step(patch, stop)
-            with pytest.raises(Interrupted, match=f"SIGTERM: .* saved at step {stop} of 20; continue with topkapi"):
-                train([tiny_config], [run], resume=True)
+        said = f"SIGTERM: .* saved at step {stop} of 20; continue with topkapi"
+        train_until([tiny_config], [run], stop, resume=True, match=said)
         assert checkpoint.steps(run)[-1] == stop
         assert not (run / "model.safetensors").exists()
     train([tiny_config], [run], resume=True)
@@ -77,17 +83,16 @@ def test_stopped_and_resumed_equals_undisturbed(undisturbed, tiny_config, tmp_pa
 
 def test_stopped_while_waiting_for_data_right_after_a_resume(undisturbed, tiny_config, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        stop_in_step(patch, 4)
-        train([tiny_config], [run])
+    train_until([tiny_config], [run], 4)
 
     def wait_long(_):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
 
-    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="SIGINT: .* saved at step 4 of 20"):
+    with monkeypatch.context() as patch:
         patch.setattr(ShuffledBatches, "__next__", wait_long)
-        train([tiny_config], [run], resume=True)
+        with pytest.raises(Interrupted, match=r"SIGINT: .* saved at step 4 of 20"):
+            train([tiny_config], [run], resume=True)
     train([tiny_config], [run], resume=True)
     assert_same_run(run, undisturbed)
 
@@ -143,12 +148,10 @@ def neighbours(config):
     return [config, wide, clipped, relu, free]
 
 
-def test_side_by_side_equals_alone(undisturbed, tiny_config, tmp_path, monkeypatch):
+def test_side_by_side_equals_alone(undisturbed, tiny_config, tmp_path):
     configs = neighbours(tiny_config)
     together = [tmp_path / f"together-{i}" for i in range(len(configs))]
-    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="continue with the same command with --resume"):
-        stop_in_step(patch, 12)
-        train(configs, together)
+    train_until(configs, together, 12, match="continue with the same command with --resume")
     train(configs, together, resume=True)
     alone = [undisturbed]
     for i, config in enumerate(configs[1:]):
@@ -184,11 +187,9 @@ def test_a_damaged_finished_autoencoder_is_written_again(tiny_config, tmp_path):
     assert contents(run) == before
 
 
-def test_a_damaged_newest_checkpoint_costs_its_steps_only(undisturbed, tiny_config, tmp_path, monkeypatch, capsys):
+def test_a_damaged_newest_checkpoint_costs_its_steps_only(undisturbed, tiny_config, tmp_path, capsys):
     run = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        stop_in_step(patch, 13)
-        train([tiny_config], [run])
+    train_until([tiny_config], [run], 13)
     state = run / "checkpoints" / "step-00000013" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:1000])
     train([tiny_config], [run], resume=True)
@@ -208,9 +209,10 @@ def test_a_failure_between_two_runs_leaves_a_checkpoint_they_share(tiny_config, 
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         original(run, step, *rest)
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+    with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", save)
-        train(configs, runs)
+        with pytest.raises(OSError, match="No space left"):
+            train(configs, runs)
     assert [checkpoint.steps(run) for run in runs] == [[5, 10], [5]]
     train(configs, runs, resume=True)
     for config, run in zip(configs, runs, strict=True):
@@ -218,13 +220,11 @@ def test_a_failure_between_two_runs_leaves_a_checkpoint_they_share(tiny_config, 
         assert_same_run(run, tmp_path / "alone" / run.name)
 
 
-def test_a_run_does_not_go_on_with_another_corpus(tiny_config, tmp_path, monkeypatch):
+def test_a_run_does_not_go_on_with_another_corpus(tiny_config, tmp_path):
     corpus = make_corpus(tmp_path / "corpus.jsonl", 30)
     config = replace(tiny_config, data=replace(tiny_config.data, corpora=(corpus,)))
     run = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        stop_in_step(patch, 6)
-        train([config], [run])
+    train_until([config], [run], 6)
     before = contents(run)
     make_corpus(tmp_path / "corpus.jsonl", 29)
     with pytest.raises(TopkapiError, match="trained on other activations: tokens changed since"):

@@ -5,9 +5,9 @@ a run is begun before it is known that a package is missing; a run folder is wri
 """
 
 import errno
-import json
 import os
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from tests.command_line import contents, one_line, train_arguments
 from tests.data.tiny import make_language_model
 from topkapi import checkpoint, files
 from topkapi.cli import main
+from topkapi.data import folders
+from topkapi.optim import learning_rate
 from topkapi.train import open_source, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,7 +73,7 @@ def with_lm(config, **changes):
         (["--data.corpora", "jsonl:/no/such/file.jsonl"], ["/no/such/file.jsonl"]),
         (["--data.corpora", "text:/no/such/*.txt"], ["text:/no/such/*.txt", "matches no file"]),
         (["--data.max-tokens", "12"], ["fewer than one context", "--data.max-tokens"]),
-        (["--data.context", "200"], ["at most 128", "200", "--data.context"]),
+        (["--data.context", "130", "--data.held-out", "0.3"], ["at most 128", "130", "--data.context"]),
         (["--variants", "model.k=4,model.k"], ["'model.k=4,model.k'", "FIELD=VALUE"]),
         (["--variants", "model.kk=4"], ["'model.kk=4'", "no such field", "--help"]),
         (["--variants", "model.k=four"], ["'model.k=four'", "a value that it does not take"]),
@@ -128,7 +130,7 @@ def test_wrong_text(refused, tiny_config, tmp_path, name, content, expected):
 def test_activations_that_are_not_finite(refused, tiny_config, tiny_language_model, tmp_path):
     broken = shutil.copytree(tiny_language_model, tmp_path / "lm")
     weights = load_file(broken / "model.safetensors")
-    weights["model.layers.0.mlp.down_proj.weight"][3, 5] = torch.nan
+    weights["model.layers.0.mlp.down_proj.weight"][:] = torch.nan
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     config = with_lm(tiny_config, name=str(broken))
     refused(train_arguments(config, tmp_path / "run"), "not finite at resid_post.0", "context", "position")
@@ -178,10 +180,10 @@ def test_a_folder_that_is_no_run(refused, tiny_language_model):
 def test_missing_packages(refused, tiny_config, tmp_path, monkeypatch):
     arguments = train_arguments(tiny_config, tmp_path / "run", "--loggers", "wandb")
     with monkeypatch.context() as patch:
-        patch.setitem(__import__("sys").modules, "wandb", None)
+        patch.setitem(sys.modules, "wandb", None)
         refused(arguments, "--loggers wandb needs the package wandb: pip install wandb")
     with monkeypatch.context() as patch:
-        patch.setitem(__import__("sys").modules, "transformers", None)
+        patch.setitem(sys.modules, "transformers", None)
         refused(train_arguments(tiny_config, tmp_path / "run"), "transformers", "pip install 'topkapi[lm]'")
     assert contents(tmp_path / "run") == {}
 
@@ -214,7 +216,7 @@ def test_a_full_disk_then_more_space(refused, finished, tiny_config, tmp_path, m
         "publishing": lambda path: "model.safetensors" in path.name,
     }[moment]
     with monkeypatch.context() as patch:
-        for module in (files, checkpoint, __import__("topkapi.data.folders", fromlist=["sync"])):
+        for module in (files, checkpoint, folders):
             patch.setattr(module, "sync", _full_disk(inside))
         refused(train_arguments(tiny_config, run), "No space left on device", "Free some space")
     saved = checkpoint.steps(run)
@@ -238,7 +240,7 @@ def test_a_file_that_may_not_grow(fork_server, finished, tiny_config, tmp_path, 
     run, log, cache = tmp_path / "run", tmp_path / "log", tmp_path / "cache"
     assert fork_server.run(train_arguments(tiny_config, run), log, cache, file_limit=limit) == 2, log.read_text()
     assert "File too large" in one_line(log.read_text())
-    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 5 if limit > 10**5 else True
+    assert (run / "metrics.jsonl").exists() == (limit == 200_000)
     assert not [name for name in contents(tmp_path) if name.endswith(".tmp")]
     assert fork_server.run(train_arguments(tiny_config, run, "--resume"), log, cache) == 0, log.read_text()
     assert contents(run)["model.safetensors"] == contents(finished)["model.safetensors"]
@@ -246,8 +248,9 @@ def test_a_file_that_may_not_grow(fork_server, finished, tiny_config, tmp_path, 
 
 def test_a_loss_that_is_not_finite_leaves_the_good_checkpoint(refused, tiny_config, tmp_path, monkeypatch):
     """The rate breaks the weights after the second checkpoint."""
-    rate = __import__("topkapi.optim", fromlist=["learning_rate"]).learning_rate
-    monkeypatch.setattr("topkapi.train.learning_rate", lambda config, done: 1e38 if done > 0.55 else rate(config, done))
+    monkeypatch.setattr(
+        "topkapi.train.learning_rate", lambda config, done: 1e38 if done > 0.55 else learning_rate(config, done)
+    )
     run = tmp_path / "run"
     refused(train_arguments(tiny_config, run), "no longer finite at step", "the checkpoint of step 10 is sound")
     assert checkpoint.steps(run) == [5, 10]

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 import topkapi
-from topkapi.config import EvalConfig, TrainConfig
+from topkapi.config import TrainConfig
 from topkapi.console import say
 from topkapi.errors import TopkapiError
 from topkapi.published import CONFIG
@@ -74,7 +74,9 @@ def train_command(arguments: Sequence[str]) -> None:
     elif (Path(name) / CONFIG).exists():
         default = Train(config=saved_config(Path(name)), run=Path(name))
     else:
-        raise TopkapiError(f"no recipe or run {name!r}. Recipes: {', '.join(RECIPES)}; a run is a folder with {CONFIG}.")
+        raise TopkapiError(
+            f"no recipe or run {name!r}. Recipes: {', '.join(RECIPES)}; a run is a folder with {CONFIG}."
+        )
     command = _parse(Train, f"topkapi train {name}", options, default)
     configs, runs = [command.config], [command.run]
     if command.variants:
@@ -170,7 +172,7 @@ def _explain(error: OSError) -> str:
 
 def _help() -> str:
     lines = [f"topkapi {topkapi.__version__}: {topkapi.__doc__.splitlines()[0]}", ""]
-    for name, function in COMMANDS.items():
+    for function in COMMANDS.values():
         lines.append(f"  {function.__doc__.rstrip('.')}")
     return "\n".join([*lines, "", "Options of each: topkapi COMMAND --help, topkapi train RECIPE --help."])
 

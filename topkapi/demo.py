@@ -46,7 +46,9 @@ def print_table(results: dict[str, float | int | None]) -> None:
     """Print metrics as a table on stdout."""
     table = Table("metric", "held-out", box=None)
     for name, value in results.items():
-        table.add_row(name, "undefined" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
+        table.add_row(
+            name, "undefined" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+        )
     Console(highlight=False).print(table)
 
 

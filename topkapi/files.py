@@ -107,9 +107,7 @@ def read_json(path: Path, what: str, remedy: str = "") -> dict[str, Any]:
     if checksum is None:
         raise TopkapiError(f"{what}: {path} has no checksum: it is damaged, or not a file of Topkapi's.{remedy}")
     if checksum != sha256_json(value):
-        raise TopkapiError(
-            f"{what}: {path} is damaged or was edited: its content does not match its checksum.{remedy}"
-        )
+        raise TopkapiError(f"{what}: {path} is damaged or was edited: its content does not match its checksum.{remedy}")
     return value
 
 

@@ -165,9 +165,7 @@ class _Code:
             return self._scatter(self.values) @ weight
         return reference.dense_sparse_matmul(self.values, self.indices, weight)
 
-    def grad_values(
-        self, grad: Float[Tensor, "n d_model"], weight: Float[Tensor, "m d_model"]
-    ) -> Float[Tensor, "n k"]:
+    def grad_values(self, grad: Float[Tensor, "n d_model"], weight: Float[Tensor, "m d_model"]) -> Float[Tensor, "n k"]:
         if self.dense_width:
             return (grad @ weight.T).gather(1, self.indices)
         return reference.matmul_at_sparse_indices(grad, weight, self.indices)
@@ -180,9 +178,7 @@ class _Code:
         return SparseRows(values, ops.order_by_latent(self.indices, n_latents), rows).dense()
 
 
-def relu_step(
-    ae: Autoencoder, x: Float[Tensor, "n d_model"], scale: float, config: LossConfig
-) -> Step:
+def relu_step(ae: Autoencoder, x: Float[Tensor, "n d_model"], scale: float, config: LossConfig) -> Step:
     """Loss, gradients and fired latents of a ReLU + L1 baseline on normalised activations `x`.
 
     Dense: memory is a few times tokens x n_latents.

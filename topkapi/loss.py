@@ -41,9 +41,7 @@ def mse_scale(sample: Float[Tensor, "n d_model"]) -> float:
     return float(1 / variance.clamp_min(torch.finfo(torch.float32).tiny))
 
 
-def mse(
-    x: Float[Tensor, "n d_model"], recon: Float[Tensor, "n d_model"], scale: float
-) -> Float[Tensor, ""]:
+def mse(x: Float[Tensor, "n d_model"], recon: Float[Tensor, "n d_model"], scale: float) -> Float[Tensor, ""]:
     """Mean squared error over tokens and coordinates, times `mse_scale`."""
     return scale * (recon - x).pow(2).mean()
 

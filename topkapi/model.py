@@ -125,9 +125,7 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="topkapi", licen
         """All latents of a ReLU autoencoder, ReLU(W_enc (x - pre_bias) + latent_bias)."""
         return torch.addmm(self.latent_bias, x - self.pre_bias, self.W_enc.T).relu()
 
-    def decode(
-        self, values: Float[Tensor, "n k"], indices: Int[Tensor, "n k"]
-    ) -> Float[Tensor, "n d_model"]:
+    def decode(self, values: Float[Tensor, "n k"], indices: Int[Tensor, "n k"]) -> Float[Tensor, "n d_model"]:
         """The normalised reconstruction: the sum of the active latents' decoder rows, plus pre_bias."""
         if self.activation == "relu" and values.shape[1] == self.n_latents:
             return values @ self.W_dec + self.pre_bias
@@ -156,7 +154,9 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="topkapi", licen
         published.write_published(save_directory, tensors, self.description())
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, device: str | torch.device = "cpu", **hub_options: Any) -> "Autoencoder":
+    def from_pretrained(
+        cls, name: str | Path, *, device: str | torch.device = "cpu", **hub_options: Any
+    ) -> "Autoencoder":
         """The autoencoder published in a folder or, if there is no such folder, under a Hugging Face hub id.
 
         `hub_options` go to huggingface_hub.snapshot_download (revision, token, cache_dir, local_files_only ...).

@@ -26,7 +26,7 @@ from topkapi.config import OptimConfig
 from topkapi.gradients import Gradients, WeightGradient
 from topkapi.model import PARAMETERS, Autoencoder
 
-BLOCK_ROWS = 1024  # 2.4 MB a tensor at d_model 576: gradient, weight, moments and average fit a 32 MB cache
+BLOCK_ROWS = 2048  # 4.7 MB a tensor at d_model 576: gradient, weight, moments and average fit a 32 MB cache
 
 
 @dataclass
@@ -62,7 +62,9 @@ class Optimizer:
         for start, stop in _blocks(ae):
             for name in ("W_enc", "W_dec"):
                 grad = self._block(ae, name, getattr(gradients, name), start, stop)
-                self._update_(ae, name, slice(start, stop), grad.mul_(scale), lr, self.config.eps)
+                if scale != 1:
+                    grad *= scale
+                self._update_(ae, name, slice(start, stop), grad, lr, self.config.eps)
         for name in ("latent_bias", "pre_bias"):
             grad = getattr(gradients, name) * scale
             self._update_(ae, name, slice(None), grad, lr, self.config.eps * self.bias_scale)

@@ -40,7 +40,7 @@ SAMPLE_TOKENS = 32_768  # for the geometric median, the encoder's scale and the 
 
 
 class Interrupted(BaseException):
-    """A signal asked to stop; everything up to the last step is saved. No Exception: nobody may take it for an error."""
+    """A signal asked to stop; everything up to the last step is saved. No Exception: it is no error."""
 
     def __init__(self, signal_number: int, state: str = "no step was done; run the same command again") -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name}: {state}.")
@@ -132,8 +132,8 @@ class Trainer:
         theirs = saved.meta["source"]
         if changed := [name for name, value in self.source_identity.items() if theirs.get(name) != value]:
             raise TopkapiError(
-                f"{self.run} was trained on other activations: {', '.join(changed)} changed since. Restore the language "
-                "model and the corpus as they were, or train again with another --run."
+                f"{self.run} was trained on other activations: {', '.join(changed)} changed since. Restore the "
+                "language model and the corpus as they were, or train again with another --run."
             )
         ours = {name: getattr(self.ae, name) for name in PARAMETERS} | self.optimizer.state()
         ours["silent_for"] = self.dead.silent_for
@@ -243,9 +243,7 @@ def _save(trainers: list[Trainer], logs: list[MetricsLog], step: int, position: 
         checkpoint.keep_newest(trainer.run, trainer.config.keep_checkpoints)
 
 
-def _log(
-    trainers: list[Trainer], logs: list[MetricsLog], step: int, tokens: int, rate: float
-) -> dict[str, float]:
+def _log(trainers: list[Trainer], logs: list[MetricsLog], step: int, tokens: int, rate: float) -> dict[str, float]:
     """Write a line of metrics for each autoencoder; what to show of the first."""
     for trainer, log in zip(trainers, logs, strict=True):
         trainer.check_finite(step)

@@ -1,4 +1,4 @@
-"""Seen to fail when: the row order ignores the epoch; a state taken at a block's end repeats its last row; the
+"""Seen to fail when: the order of rows, or of blocks, ignores the epoch; a block starts at its second row; the
 block in memory is read again for each batch."""
 
 from collections import Counter
@@ -78,6 +78,12 @@ def test_orders_differ_by_seed_epoch_and_block():
     within = [tuple(row % 50 for row in part) for part in order(0)]
     assert len(set(within)) == 4
     assert within[0] != tuple(range(50))
+
+
+def test_blocks_come_in_another_order_each_epoch():
+    found = rows(ShuffledBatches(Numbered(*[4] * 6), 4, 0), 18)
+    blocks = [row // 4 for row in found[::4]]
+    assert len({tuple(blocks[i : i + 6]) for i in (0, 6, 12)}) == 3
 
 
 def test_a_block_is_read_once_an_epoch():

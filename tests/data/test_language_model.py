@@ -1,5 +1,5 @@
-"""Seen to fail when: resid_post hooks the next layer; the exception is not caught; the output tuple loses its
-tail; `replace` is ignored at an input."""
+"""Seen to fail when: resid_post hooks the next layer; the exception is not caught; an output tuple loses its
+tail; `replace` is ignored at an input; the hook stays; missing weights pass."""
 
 import json
 import shutil

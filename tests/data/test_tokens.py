@@ -1,5 +1,5 @@
-"""Seen to fail when: the separator is left out; offsets miss the first document; max_tokens cuts a token late;
-the tokenizer is left out of the cache key."""
+"""Seen to fail when: the separator is left out; offsets start late; max_tokens cuts a token late; corpora take
+turns by documents instead of tokens; the tokenizer is left out of the cache key."""
 
 import json
 
@@ -56,6 +56,17 @@ def test_max_tokens_cuts_every_corpus_alike(tmp_path, lm):
     first, second = (next(documents(corpus)) for corpus in corpora)
     assert lm.tokenizer.decode(pieces(some.held_out)[0][:-1]) == first
     assert lm.tokenizer.decode(pieces(some.train)[0][:-1]) == second
+
+
+def test_corpora_take_turns_by_tokens(tmp_path, lm):
+    lines = {"short": ["a red house. "] * 400, "long": ["a red house. " * 50] * 8}
+    for name, texts in lines.items():
+        (tmp_path / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    corpora = tuple(f"jsonl:{tmp_path}/{name}" for name in lines)
+    splits = tokenize(DataConfig(corpora=corpora, context=16, max_tokens=2000), lm.tokenizer, "tiny")
+    lengths = [len(ids) for split in splits for ids in pieces(split)]
+    of_long = sum(length for length in lengths if length > 20)
+    assert abs(of_long - 1000) < 2 * max(lengths)
 
 
 def test_the_second_time_the_cache_is_read(config, splits, lm, monkeypatch):

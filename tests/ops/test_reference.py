@@ -16,7 +16,9 @@ from topkapi.ops import reference
 sizes = st.tuples(st.integers(0, 9), st.integers(1, 700), st.integers(1, 9), st.integers(0, 2**31 - 1))
 
 
-def made(n: int, n_latents: int, d_model: int, seed: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+def made(
+    n: int, n_latents: int, d_model: int, seed: int, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     shapes = ((n, d_model), (n_latents, d_model), (n_latents,), (d_model,))
     return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
@@ -72,7 +74,10 @@ def test_products_equal_dense_algebra(size: tuple[int, int, int, int], k: int) -
     torch.testing.assert_close(ops.dense_sparse_matmul(values, indices, weight), code @ weight)
     torch.testing.assert_close(ops.matmul_at_sparse_indices(x, weight, indices), (x @ weight.T).gather(1, indices))
     order = ops.order_by_latent(indices, n_latents)
-    rows = [ops.transposed_dense_sparse_matmul(values, order, x, i, min(i + 100, n_latents)) for i in range(0, n_latents, 100)]
+    rows = [
+        ops.transposed_dense_sparse_matmul(values.flatten()[order.pairs], order, x, i, min(i + 100, n_latents))
+        for i in range(0, n_latents, 100)
+    ]
     torch.testing.assert_close(torch.cat(rows), code.T @ x)
     torch.testing.assert_close(ops.latent_sums(values, indices, n_latents), code.sum(0))
 

@@ -118,7 +118,7 @@ def tokenize(config: DataConfig, tokenizer: Any, tokenizer_name: str) -> Splits:
             _write_splits(temporary, config, tokenizer, tokenizer_name)
     splits = Splits(TokenFile.open(folder / "train"), TokenFile.open(folder / "held_out"))
     for name, split in splits._asdict().items():
-        _require_tokens(name, split.n_tokens, config.context, config)
+        _require_a_context(name, split.n_tokens, config)
     return splits
 
 
@@ -131,8 +131,8 @@ def separator_id(tokenizer: Any) -> int | None:
     return tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
 
 
-def _require_tokens(name: str, n_tokens: int, wanted: int, config: DataConfig) -> None:
-    if n_tokens < wanted:
+def _require_a_context(name: str, n_tokens: int, config: DataConfig) -> None:
+    if n_tokens < config.context:
         raise TopkapiError(
             f"Corpora {', '.join(config.corpora)} give {n_tokens} {name} tokens, fewer than one context of "
             f"{config.context}: give more documents (whole documents are held out, so at least two), raise "
@@ -163,7 +163,7 @@ def _write_splits(folder: Path, config: DataConfig, tokenizer: Any, tokenizer_na
             if n_tokens == config.max_tokens:
                 break
     for name, writer in (("train", train), ("held_out", held_out)):
-        _require_tokens(name, writer.offsets[-1], 1, config)
+        _require_a_context(name, writer.offsets[-1], config)
         write_json(folder / name / "tokens.json", about | writer.facts)
 
 

@@ -19,6 +19,7 @@ Source: Gao et al. 2024, appendix D.2.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -40,11 +41,15 @@ class SparseRows:
 
     def block(self, start: int, stop: int) -> Float[Tensor, "stop_minus_start d_model"]:
         """Rows start..stop of the gradient, as a new tensor."""
-        return reference.transposed_dense_sparse_matmul(self.values, self.order, self.rows, start, stop)
+        return reference.transposed_dense_sparse_matmul(self._ordered, self.order, self.rows, start, stop)
 
     def dense(self) -> Float[Tensor, "n_latents d_model"]:
         """The whole gradient."""
         return self.block(0, len(self.order.offsets) - 1)
+
+    @cached_property
+    def _ordered(self) -> Float[Tensor, " pairs"]:
+        return self.values.flatten()[self.order.pairs]
 
 
 class EncoderGradients(NamedTuple):

@@ -64,9 +64,7 @@ def encode_topk(
     return values.relu_(), indices
 
 
-def _top_k(
-    pre_acts: Float[Tensor, "n n_latents"], k: int
-) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+def _top_k(pre_acts: Float[Tensor, "n n_latents"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
     """The k largest of each row and their columns, in no particular order.
 
     Where k is small beside n_latents, first keeps the k groups of GROUP columns with the largest maxima: the k
@@ -131,7 +129,7 @@ def order_by_latent(indices: Int[Tensor, "n k"], n_latents: int) -> LatentOrder:
 
 @torch.no_grad()
 def transposed_dense_sparse_matmul(
-    values: Float[Tensor, "n k"],
+    values: Float[Tensor, " pairs"],
     order: LatentOrder,
     rows: Float[Tensor, "n d_model"],
     start: int,
@@ -139,9 +137,10 @@ def transposed_dense_sparse_matmul(
 ) -> Float[Tensor, "stop_minus_start d_model"]:
     """Rows start..stop of the transposed sparse code times `rows`: the weight gradients of a sparse layer.
 
-        out[l - start] = sum over pairs (i, j) with indices[i, j] = l of values[i, j] rows[i]
+        out[l - start] = sum over the pairs p of latent l of values[p] rows[order.tokens[p]]
 
-    Cost 2 n k d_model flops over all latents. Deterministic: a latent's pairs are added in the tokens' order.
+    `values` are those of the code in the order of `order.pairs`: code_values.flatten()[order.pairs]. Cost
+    2 n k d_model flops over all latents. Deterministic: a latent's pairs are added in the tokens' order.
 
     Source: Gao et al. 2024, appendix D.2 (decoder gradient and encoder gradient).
     """
@@ -152,7 +151,7 @@ def transposed_dense_sparse_matmul(
         order.tokens[first:last],
         rows,
         order.offsets[start : stop + 1] - first,
-        per_sample_weights=values.flatten()[order.pairs[first:last]],
+        per_sample_weights=values[first:last],
         mode="sum",
         include_last_offset=True,
     )

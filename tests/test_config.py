@@ -1,0 +1,116 @@
+"""Seen to fail when: a check is taken out of `__post_init__`; `from_dict` fills a missing field with its default."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from topkapi.config import (
+    AuxKConfig,
+    DataConfig,
+    EvalConfig,
+    LanguageModelConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    cache_folder,
+    differences,
+    from_dict,
+    to_dict,
+)
+from topkapi.errors import TopkapiError
+from topkapi.recipes import RECIPES
+
+
+@pytest.mark.parametrize(
+    ("make", "values", "expected"),
+    [
+        (LanguageModelConfig, {"name": ""}, "LanguageModelConfig.name must be a model.*; got ''"),
+        (LanguageModelConfig, {"site": "resid_post.x"}, "site must be STREAM.LAYER.*; got 'resid_post.x'"),
+        (LanguageModelConfig, {"site": "resid_post.10 "}, "site"),
+        (LanguageModelConfig, {"batch_contexts": 0}, "batch_contexts must be at least 1; got 0"),
+        (DataConfig, {"corpora": ()}, "corpora"),
+        (DataConfig, {"max_tokens": 0}, "max_tokens"),
+        (DataConfig, {"context": 1}, "context must be at least 2; got 1"),
+        (DataConfig, {"held_out": 0.0}, "held_out must be between 0 and 1, both excluded; got 0.0"),
+        (DataConfig, {"held_out": 1.0}, "held_out"),
+        (DataConfig, {"max_norm_ratio": 0.5}, "max_norm_ratio must be 0 or more than 1; got 0.5"),
+        (DataConfig, {"shuffle_tokens": 63}, "shuffle_tokens must be at least the context length; got 63"),
+        (ModelConfig, {"n_latents": 0}, "n_latents"),
+        (ModelConfig, {"k": 0}, "k must be at least 1; got 0"),
+        (ModelConfig, {"n_latents": 16, "k": 17}, "ModelConfig.k must be at most n_latents=16; got 17"),
+        (LossConfig, {"l1_coefficient": -1.0}, "l1_coefficient"),
+        (AuxKConfig, {"auxk": -1}, "auxk must be auto, or 0 or more; got -1"),
+        (AuxKConfig, {"coefficient": -0.1}, "coefficient"),
+        (AuxKConfig, {"dead_after": 0}, "dead_after"),
+        (OptimConfig, {"lr": 0.0}, "lr must be auto or more than 0; got 0.0"),
+        (OptimConfig, {"lr": float("nan")}, "lr"),
+        (OptimConfig, {"lr_warmup": 1.5}, "lr_warmup"),
+        (OptimConfig, {"lr_warmup": 0.6, "lr_decay": 0.5}, "lr_decay"),
+        (OptimConfig, {"beta1": 1.0}, "beta1"),
+        (OptimConfig, {"beta2": 1.0}, "beta2"),
+        (OptimConfig, {"eps": 0.0}, "eps"),
+        (OptimConfig, {"clip_norm": -1.0}, "clip_norm"),
+        (OptimConfig, {"ema_decay": 1.0}, "ema_decay"),
+        (EvalConfig, {"tokens": 0}, "tokens"),
+        (EvalConfig, {"downstream_tokens": -1}, "downstream_tokens"),
+        (TrainConfig, {"batch_tokens": 0}, "TrainConfig.batch_tokens must be at least 1; got 0"),
+        (TrainConfig, {"loss": LossConfig(sparsity="l1")}, "goes with activation='relu'"),
+        (TrainConfig, {"model": ModelConfig(activation="relu")}, "needs a penalty: set --loss.sparsity l1"),
+        (
+            TrainConfig,
+            {"model": ModelConfig(activation="relu"), "loss": LossConfig(sparsity="l1_decoder_norm")},
+            "set --optim.no-unit-norm-decoder",
+        ),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_was_wanted(make, values, expected):
+    with pytest.raises(TopkapiError, match=expected):
+        make(**values)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_config_comes_back_from_its_dict(name):
+    config = RECIPES[name]()
+    assert from_dict(TrainConfig, to_dict(config)) == config
+    resolved = config.resolved(576)
+    assert from_dict(TrainConfig, to_dict(resolved)) == resolved
+
+
+def test_auto_becomes_a_number():
+    wide = TrainConfig(model=ModelConfig(n_latents=2**14), optim=OptimConfig(lr="auto")).resolved(576)
+    resolved = TrainConfig(model=ModelConfig(n_latents=2**12), optim=OptimConfig(lr="auto")).resolved(576)
+    assert resolved.optim.lr == pytest.approx(wide.optim.lr * 2)
+    assert resolved.auxk.auxk == 256
+    assert resolved.resolved(64) == resolved
+    given = replace(TrainConfig(), auxk=AuxKConfig(auxk=7), optim=OptimConfig(lr=1e-3)).resolved(576)
+    assert (given.auxk.auxk, given.optim.lr) == (7, 1e-3)
+
+
+def test_steps_round_up():
+    assert TrainConfig(tokens=1001, batch_tokens=100).n_steps == 11
+    assert TrainConfig(tokens=1000, batch_tokens=100).n_steps == 10
+
+
+def test_a_dict_of_another_version_is_refused():
+    values = to_dict(TrainConfig())
+    with pytest.raises(TopkapiError, match="TrainConfig has no field speed; this run was saved by another version"):
+        from_dict(TrainConfig, values | {"speed": 3})
+    del values["model"]["k"]
+    with pytest.raises(TopkapiError, match="ModelConfig lacks k"):
+        from_dict(TrainConfig, values)
+
+
+def test_differences_name_the_fields():
+    ours = TrainConfig(model=ModelConfig(k=16), tokens=5)
+    assert differences(ours, replace(TrainConfig(), tokens=5)) == ["model.k: 16 against 32"]
+    assert differences(ours, ours) == []
+
+
+def test_the_cache_is_where_the_system_says(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert cache_folder() == Path("/somewhere/topkapi")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert cache_folder() == Path("/home/someone/.cache/topkapi")

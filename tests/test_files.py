@@ -1,0 +1,115 @@
+"""Seen to fail when: `write_atomic` writes to the path itself; `read_json` skips the checksum; a lock is not held."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from topkapi import files
+from topkapi.errors import TopkapiError
+
+VALUE = {"b": [1, 2.5, None], "a": {"x": "é"}}
+
+
+def test_write_atomic_replaces_a_file_or_leaves_it(tmp_path):
+    path = tmp_path / "new" / "file"
+    files.write_text_atomic(path, "first")
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space left"):
+        files.write_atomic(path, fail)
+    assert path.read_text() == "first"
+    files.write_text_atomic(path, "second")
+    assert path.read_text() == "second"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_json_comes_back(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json(path, {**VALUE, "t": (1, 2)})
+    assert files.read_json(path, "Thing") == {**VALUE, "t": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "Thing: no file .*a.json. Mend it."),
+        (b"", "Thing: .*a.json is damaged: not JSON .*. Mend it."),
+        (b"\xff\xfe", "not JSON"),
+        (b"[1]", "has no checksum: it is damaged, or not a file of Topkapi's. Mend it."),
+        (b'{"a": 1}', "has no checksum"),
+        (b'{"a": 1, "checksum": "0"}', "damaged or was edited: its content does not match its checksum. Mend it."),
+    ],
+)
+def test_json_that_is_not_ours_or_was_changed(tmp_path, content, expected):
+    if content is not None:
+        (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(TopkapiError, match=expected):
+        files.read_json(tmp_path / "a.json", "Thing", "Mend it.")
+
+
+def test_an_edited_value_is_noticed(tmp_path):
+    files.write_json(tmp_path / "a.json", VALUE)
+    text = (tmp_path / "a.json").read_text()
+    (tmp_path / "a.json").write_text(text.replace("2.5", "2.6"))
+    with pytest.raises(TopkapiError, match="damaged or was edited"):
+        files.read_json(tmp_path / "a.json", "Thing")
+
+
+def test_tensors_come_back_and_others_are_refused(tmp_path):
+    path = tmp_path / "t.safetensors"
+    tensors = {"x": torch.randn(3, 2), "n": torch.arange(4), "h": torch.ones(2, dtype=torch.bfloat16)}
+    files.save_tensors(tensors, path)
+    checksum = files.sha256(path)
+    found = files.load_tensors(path, checksum, "Thing")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    with pytest.raises(TopkapiError, match=r"Thing: .* is damaged or another file"):
+        files.load_tensors(path, "0" * 64, "Thing")
+    with pytest.raises(TopkapiError, match=r"Thing: no file .*. Mend it."):
+        files.load_tensors(tmp_path / "none", checksum, "Thing", "Mend it.")
+    (tmp_path / "text").write_text("no tensors")
+    with pytest.raises(TopkapiError, match="is not a safetensors file"):
+        files.load_tensors(tmp_path / "text", files.sha256(tmp_path / "text"), "Thing")
+
+
+def test_tensors_that_cannot_be_written_are_an_os_error(tmp_path):
+    with pytest.raises(OSError, match="none"):
+        files.save_tensors({"x": torch.ones(2)}, tmp_path / "none" / "t.safetensors")
+
+
+def test_leftovers_are_removed_and_nothing_else(tmp_path):
+    (tmp_path / ".a.json.77.tmp").write_text("half")
+    (tmp_path / ".step-00000005.tmp").mkdir()
+    (tmp_path / ".step-00000005.tmp" / "state").write_text("half")
+    for name in ("a.json", ".lock", "b.tmp"):
+        (tmp_path / name).write_text("kept")
+    files.remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "a.json", "b.tmp"]
+
+
+def test_a_lock_has_one_holder_and_ends_with_its_process(tmp_path):
+    program = (
+        "import fcntl, sys\n"
+        "file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path / ".lock")], **pipes) as other:
+        assert other.stdout.readline() == b"held\n"
+
+        def refuse():
+            raise TopkapiError("busy")
+
+        with pytest.raises(TopkapiError, match="busy"), files.lock(tmp_path, refuse):
+            pytest.fail("two processes hold the lock")
+        with files.lock(tmp_path, other.kill):  # waits for the lock, which the kill frees
+            assert other.wait() == -9
+    for _ in range(2):
+        with files.lock(tmp_path, refuse):
+            pass
