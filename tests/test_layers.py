@@ -16,7 +16,7 @@ ROOMS_OF_LAYER = {
     0: ["config", "errors", "ops", "files", "console", "parallel", "geometric_median", "published"],
     1: ["model", "loss", "gradients"],
     2: ["optim", "checkpoint", "formats", "data", "dead", "metrics"],
-    3: ["train", "evaluate", "study", "scaling"],
+    3: ["train", "evaluate", "figures", "study", "scaling"],
     4: ["cli", "recipes", "viewer", "demo", "__main__", "__init__"],
 }
 LAYER = {room: layer for layer, rooms in ROOMS_OF_LAYER.items() for room in rooms}

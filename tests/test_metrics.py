@@ -1,4 +1,4 @@
-"""Seen to fail when: lines after the resumed step are kept; a line cut short by a kill is kept; a missing logger is found
+"""Seen to fail when: lines after the resumed step are kept; a damaged line ends the reading; a missing logger is found
 out after the run has begun; TensorBoard keeps the steps that a resumed run repeats."""
 
 import json

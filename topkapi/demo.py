@@ -17,7 +17,8 @@ from rich.table import Table
 from topkapi.config import EvalConfig, TrainConfig
 from topkapi.console import say
 from topkapi.evaluate import evaluate
-from topkapi.evaluate.contexts import choose_latents, format_contexts, strongest_contexts
+from topkapi.evaluate.contexts import Strongest, choose_latents, format_contexts, strongest_contexts
+from topkapi.figures import draw_run
 from topkapi.files import write_text_atomic
 from topkapi.model import Autoencoder
 from topkapi.published import CONFIG
@@ -60,27 +61,31 @@ def demo(config: TrainConfig, run: Path) -> None:
     source = open_source(config)
     results = _evaluate(run, ae, source, config, config.eval)
 
-    out = Console(highlight=False)
-    counts = source.blocks.counts
     found = strongest_contexts(ae, (source.blocks[i] for i in range(len(source.blocks))), config.data.context)
-    choice = choose_latents(found)
+    _show(Console(highlight=False), ae, source, found, results)
+    title = f"{ae.n_latents:,} latents, k={ae.k}, on {ae.site} of {ae.language_model}"
+    picture = draw_run(run, found.density, title)
+    minutes, gigabytes = (time.monotonic() - started) / 60, peak_memory() / 2**30
+    say(f"{minutes:.1f} minutes, peak memory {gigabytes:.1f} GiB. Picture: {picture}. Everything is in {run}.")
+    say(
+        f"Next: topkapi train demo --run {run.parent}/wider --model.n-latents 8192   (reuses the cached activations)\n"
+        "      topkapi train --help                                     (other recipes, your own model and text)"
+    )
+
+
+def _show(
+    out: Console, ae: Autoencoder, source: Source, found: Strongest, results: dict[str, float | int | None]
+) -> None:
+    """Print what a few latents fire on, what was read, and the metrics."""
+    choice, counts = choose_latents(found), source.blocks.counts
     out.print(f"\nStrongest contexts in the training text. {choice.rule}\n", markup=False)
     out.print(format_contexts(found, choice.latents, source.splits.train, source.language_model.tokenizer))
     out.print(
-        f"{ae.n_latents:,} latents, k={ae.k}, on {ae.site} of {ae.language_model}; {counts.kept:,} tokens harvested, "
-        f"left out: {counts.first_position:,} first positions, {counts.special_tokens:,} special tokens, "
-        f"{counts.outlier_norms:,} outlier norms.\n",
+        f"{counts.kept:,} tokens harvested; left out: {counts.first_position:,} first positions, "
+        f"{counts.special_tokens:,} special tokens, {counts.outlier_norms:,} outlier norms.\n",
         markup=False,
     )
     print_table(results)
-    minutes, gigabytes = (time.monotonic() - started) / 60, peak_memory() / 2**30
-    out.print(f"\n{minutes:.1f} minutes, peak memory {gigabytes:.1f} GiB. All of it is in {run}.", markup=False)
-    out.print(
-        f"Next: topkapi train demo --run {run.parent}/wider --model.n-latents 8192   (reuses the cached activations)\n"
-        "      topkapi train --help                                    (other recipes and your own text)",
-        markup=False,
-    )
-    say("done.")
 
 
 def peak_memory() -> int:

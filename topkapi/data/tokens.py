@@ -147,7 +147,7 @@ def _tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def _write_splits(folder: Path, config: DataConfig, tokenizer: Any, tokenizer_name: str) -> None:
-    dtype = "<u2" if len(tokenizer) <= 2**16 else "<u4"
+    dtype = "<u2" if max(tokenizer.get_vocab().values()) < 2**16 else "<u4"
     about = {"tokenizer": tokenizer_name, "corpora": list(config.corpora), "format": FORMAT}
     n_tokens = 0
     with (

@@ -1,0 +1,72 @@
+"""Pictures of a run, drawn with matplotlib (extra `plot`) from the files in its folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from topkapi.errors import TopkapiError
+
+
+def draw_run(run: Path, density: Float[Tensor, " n_latents"], title: str) -> Path:
+    """Draw RUN/report.png: training curves, how often latents fire, and what splicing costs; returns its path.
+
+    Reads metrics.jsonl and eval.json of the run; `density` is each latent's fraction of tokens.
+    """
+    plt = _pyplot()
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    results = json.loads((run / "eval.json").read_text(encoding="utf-8"))
+    figure, (curves, densities, losses) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    _training(curves, metrics, results)
+    _densities(densities, density.cpu().numpy())
+    _losses(losses, results)
+    figure.suptitle(title)
+    figure.savefig(run / "report.png", dpi=130)
+    plt.close(figure)
+    return run / "report.png"
+
+
+def _training(axes: Any, metrics: list[dict[str, float]], results: dict[str, float]) -> None:
+    tokens = [line["tokens"] for line in metrics]
+    axes.plot(tokens, [line["mse"] for line in metrics], label="normalized MSE, training")
+    axes.plot(tokens[-1], results["normalized_mse"], "o", label=f"held out: {results['normalized_mse']:.3f}")
+    axes.plot(tokens, [line["dead_fraction"] for line in metrics], label="dead fraction")
+    axes.set(xlabel="tokens", ylim=(0, None), title="training")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _densities(axes: Any, density: np.ndarray) -> None:
+    alive = density[density > 0]
+    axes.hist(np.log10(alive), bins=50)
+    axes.set(xlabel="log10 fraction of tokens on which a latent fires", ylabel="latents")
+    axes.set_title(f"density: {len(alive):,} latents fire, {len(density) - len(alive):,} never")
+
+
+def _losses(axes: Any, results: dict[str, float | None]) -> None:
+    names = {
+        "ce_clean": "untouched",
+        "ce_spliced": "autoencoder\nspliced in",
+        "ce_mean_ablation": "mean\nactivation",
+        "ce_zero_ablation": "zero",
+    }
+    shown = {label: results[name] for name, label in names.items() if results[name] is not None}
+    bars = axes.bar(shown.keys(), shown.values())
+    axes.bar_label(bars, fmt="%.2f")
+    recovered = results["loss_recovered"]
+    axes.set(ylabel="cross-entropy, nats per token")
+    axes.set_title("next-token loss" if recovered is None else f"next-token loss: {recovered:.1%} recovered")
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        raise TopkapiError("a picture needs matplotlib: pip install 'topkapi[plot]'.") from None
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
