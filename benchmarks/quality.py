@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2_048)
     parser.add_argument("--n-latents", type=int, default=4_096)
     parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--dead-after", type=int, default=200_000, help="tokens; the same for all")
+    parser.add_argument("--dead-after", type=int, default=50_000, help="tokens; the same for all")
     parser.add_argument("--lr", type=float, nargs="*", default=[3e-4, 1e-3])
     parser.add_argument("--peers", nargs="*", default=list(PEERS))
     parser.add_argument("--encoder-scale", type=float, default=0.25, help="Topkapi's, as in its recipes")

@@ -34,7 +34,7 @@ def test_lines_after_the_resumed_step_give_way(tmp_path):
 def test_a_line_cut_short_and_a_damaged_one_are_left_out(tmp_path):
     write(tmp_path, range(1, 5))
     path = tmp_path / "metrics.jsonl"
-    content = path.read_bytes().replace(b'{"step": 2', b'{"st\xffp": 2') + b'{"step": 5, "ms'
+    content = path.read_bytes().replace(b'{"step": 2', b'\xff"step": 2') + b'{"step": 5, "ms'
     path.write_bytes(content)
     write(tmp_path, [5], after_step=5)
     assert steps(tmp_path) == [1, 3, 4, 5]

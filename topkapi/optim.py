@@ -26,7 +26,7 @@ from topkapi.config import OptimConfig
 from topkapi.gradients import Gradients, WeightGradient
 from topkapi.model import PARAMETERS, Autoencoder
 
-BLOCK_ROWS = 2048  # 4.7 MB a tensor at d_model 576: gradient, weight, moments and average fit a 32 MB cache
+BLOCK_ROWS = 1024  # 2.4 MB a tensor at d_model 576: gradient, weight, moments and average fit a 32 MB cache
 
 
 @dataclass

@@ -79,8 +79,9 @@ def _top_k(pre_acts: Float[Tensor, "n n_latents"], k: int) -> tuple[Float[Tensor
     _, groups = grouped.amax(1).topk(k, sorted=False)
     members = torch.arange(0, n_groups * GROUP, n_groups, device=pre_acts.device)
     columns = (groups[:, None, :] + members[:, None]).flatten(1)
-    rest = torch.arange(n_groups * GROUP, n_latents, device=pre_acts.device).expand(n, -1)
-    columns = torch.cat([columns, rest], dim=1)
+    if n_groups * GROUP < n_latents:
+        rest = torch.arange(n_groups * GROUP, n_latents, device=pre_acts.device).expand(n, -1)
+        columns = torch.cat([columns, rest], dim=1)
     values, chosen = pre_acts.gather(1, columns).topk(k, sorted=False)
     return values, columns.gather(1, chosen)
 
@@ -150,10 +151,9 @@ def transposed_dense_sparse_matmul(
     return embedding_bag(
         order.tokens[first:last],
         rows,
-        order.offsets[start : stop + 1] - first,
+        order.offsets[start:stop] - first,  # include_last_offset would read better, and leaves the fast path
         per_sample_weights=values[first:last],
         mode="sum",
-        include_last_offset=True,
     )
 
 
