@@ -94,7 +94,7 @@ def measure(data: Data, encode: Callable, reconstruct: Callable, n_latents: int)
 
 def ours(data: Data, options: argparse.Namespace, optim: OptimConfig, dead_after: int) -> dict[str, Any]:
     """Train Topkapi on the shared batches and measure it."""
-    d_model, device = data.train.shape[1], data.train.device
+    d_model = data.train.shape[1]
     config = TrainConfig(
         model=ModelConfig(n_latents=options.n_latents, k=options.k, encoder_scale=options.encoder_scale),
         auxk=AuxKConfig(dead_after=dead_after),
@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--dead-after", type=int, default=50_000, help="tokens; the same for all")
     parser.add_argument("--lr", type=float, nargs="*", default=[3e-4, 1e-3])
     parser.add_argument("--peers", nargs="*", default=list(PEERS))
-    parser.add_argument("--encoder-scale", type=float, default=0.25, help="Topkapi's, as in its recipes")
+    parser.add_argument("--encoder-scale", type=float, default=0.5, help="Topkapi's, as in its recipes")
     parser.add_argument("--raw", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/quality.json"))
     options = parser.parse_args()

@@ -19,7 +19,8 @@ from topkapi.config import LossConfig, ModelConfig, OptimConfig, TrainConfig
 from topkapi.train import Trainer
 
 mpl.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
+import matplotlib.pyplot as plt
+from matplotlib.ticker import FixedLocator
 
 KINDS = {
     "TopK": {"activation": "topk", "sparsity": "none", "unit_norm": True},
@@ -63,15 +64,19 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     front.set(xscale="log", yscale="log", xlabel="L0 (active latents per token)", ylabel="held-out normalized MSE")
     front.legend()
     front.grid(alpha=0.3, which="both")
-    strongest = max(r["l1_coefficient"] for r in rows if r["kind"] == "ReLU + L1, free norms")
+    coefficient = min(r["l1_coefficient"] for r in rows if r["kind"] == "ReLU + L1, free norms")
     for row in rows:
-        if row["kind"].startswith("ReLU") and row["l1_coefficient"] == strongest:
+        if row["kind"].startswith("ReLU") and row["l1_coefficient"] == coefficient:
             tokens = [point["tokens"] for point in row["curve"]]
             l1.plot(tokens, [point["l1"] for point in row["curve"]], label=row["kind"])
             norms.plot(tokens, [point["mean_norm"] for point in row["curve"]])
-    l1.set(xlabel="tokens", ylabel="penalty / coefficient", title=f"coefficient {strongest:g}", yscale="log")
+    l1.set(xlabel="tokens", ylabel="penalty / coefficient", title=f"coefficient {coefficient:g}", ylim=(0, 3))
     l1.legend(fontsize=7)
-    norms.set(xlabel="tokens", ylabel="mean norm of decoder rows", yscale="log")
+    norms.set(xlabel="tokens", ylabel="mean norm of decoder rows", ylim=(0, None))
+    for axis, ticks in ((front.xaxis, (5, 10, 20, 50, 100)), (front.yaxis, (0.1, 0.15, 0.2, 0.3, 0.4))):
+        axis.set_major_locator(FixedLocator(ticks))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
 
@@ -89,8 +94,13 @@ def main() -> None:
     parser.add_argument("--k", type=int, nargs="*", default=[8, 16, 32, 64, 128])
     parser.add_argument("--l1", type=float, nargs="*", default=[0.01, 0.02, 0.04, 0.08, 0.16])
     parser.add_argument("--out", type=Path, default=Path("runs/sparsity"))
+    parser.add_argument("--redraw", action="store_true", help="only draw OUT.json again")
     options = parser.parse_args()
     options.raw = False
+    title = f"{options.site} of SmolLM2-135M, {options.n_latents:,} latents, {options.tokens:,} tokens"
+    if options.redraw:
+        draw(json.loads(Path(f"{options.out}.json").read_text())["rows"], Path(f"{options.out}.png"), title)
+        return
 
     data = load(options)
     plan = [("TopK", k, 0.0) for k in options.k]
@@ -103,7 +113,6 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     Path(f"{options.out}.json").write_text(json.dumps({"options": settings, "rows": rows}) + "\n")
-    title = f"{options.site} of SmolLM2-135M, {options.n_latents:,} latents, {options.tokens:,} tokens"
     draw(rows, Path(f"{options.out}.png"), title)
 
 

@@ -44,7 +44,7 @@ def made(one_thread, tiny_config, tmp_path_factory):
         source = open_source(tiny_config)
         live = LiveBlocks(source.language_model, source.splits.train, tiny_config.data)
         saved = {step: checkpoint.load(run, step).tensors for step in checkpoint.steps(run)}
-        (tokens,) = (folder / "topkapi" / "tokens").iterdir()
+        (tokens,) = (folder / "topkapi" / "tokens").glob("[!.]*")
         yield Made(run, tokens, source.blocks.folder, live, [live[i] for i in range(len(live))], saved)
 
 

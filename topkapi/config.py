@@ -34,7 +34,7 @@ class LanguageModelConfig:
     site: str = "resid_post.10"
     """STREAM.LAYER with STREAM one of resid_pre, resid_post, attn_out, mlp_out; layers count from 0."""
 
-    batch_contexts: int = 32
+    batch_contexts: int = 64
     """Contexts in one forward pass of the language model."""
 
     def __post_init__(self) -> None:
@@ -89,6 +89,7 @@ class DataConfig:
         _require(self, "held_out", 0 < self.held_out < 1, "between 0 and 1, both excluded")
         _require(self, "max_norm_ratio", self.max_norm_ratio == 0 or self.max_norm_ratio > 1, "0 or more than 1")
         _require(self, "shuffle_tokens", self.shuffle_tokens >= self.context, "at least the context length")
+        _require(self, "seed", self.seed >= 0, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,7 @@ class ModelConfig:
         _require(self, "k", self.k >= 1, "at least 1")
         _require(self, "k", self.k <= self.n_latents, f"at most n_latents={self.n_latents}")
         _require(self, "encoder_scale", self.encoder_scale > 0, "more than 0")
+        _require(self, "seed", self.seed >= 0, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from topkapi.figures import draw_run
 from topkapi.files import write_text_atomic
 from topkapi.model import Autoencoder
 from topkapi.published import CONFIG
-from topkapi.train import Source, load_run, open_source, train
+from topkapi.train import Source, Text, load_run, open_source, open_text, train
 
 
 def evaluate_run(run: Path, settings: dict[str, int] | None = None) -> dict[str, float | int | None]:
@@ -31,14 +31,14 @@ def evaluate_run(run: Path, settings: dict[str, int] | None = None) -> dict[str,
     `settings` replaces fields of the run's EvalConfig.
     """
     ae, config = load_run(run)
-    return _evaluate(run, ae, open_source(config), config, replace(config.eval, **(settings or {})))
+    return _evaluate(run, ae, open_text(config), config, replace(config.eval, **(settings or {})))
 
 
 def _evaluate(
-    run: Path, ae: Autoencoder, source: Source, config: TrainConfig, settings: EvalConfig
+    run: Path, ae: Autoencoder, text: Text, config: TrainConfig, settings: EvalConfig
 ) -> dict[str, float | int | None]:
-    ae = ae.to(source.language_model.device)
-    results = evaluate(ae, source.language_model, source.splits.held_out, config.data, settings)
+    ae = ae.to(text.language_model.device)
+    results = evaluate(ae, text.language_model, text.splits.held_out, config.data, settings)
     write_text_atomic(run / "eval.json", json.dumps(results, indent=2) + "\n")
     return results
 
@@ -62,7 +62,7 @@ def demo(config: TrainConfig, run: Path) -> None:
     results = _evaluate(run, ae, source, config, config.eval)
 
     found = strongest_contexts(ae, (source.blocks[i] for i in range(len(source.blocks))), config.data.context)
-    _show(Console(highlight=False), ae, source, found, results)
+    _show(Console(highlight=False), source, found, results)
     title = f"{ae.n_latents:,} latents, k={ae.k}, on {ae.site} of {ae.language_model}"
     picture = draw_run(run, found.density, title)
     minutes, gigabytes = (time.monotonic() - started) / 60, peak_memory() / 2**30
@@ -73,9 +73,7 @@ def demo(config: TrainConfig, run: Path) -> None:
     )
 
 
-def _show(
-    out: Console, ae: Autoencoder, source: Source, found: Strongest, results: dict[str, float | int | None]
-) -> None:
+def _show(out: Console, source: Source, found: Strongest, results: dict[str, float | int | None]) -> None:
     """Print what a few latents fire on, what was read, and the metrics."""
     choice, counts = choose_latents(found), source.blocks.counts
     out.print(f"\nStrongest contexts in the training text. {choice.rule}\n", markup=False)

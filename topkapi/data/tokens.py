@@ -55,7 +55,7 @@ class TokenFile:
         Raises:
             TopkapiError: missing, or changed since it was written.
         """
-        facts = read_json(folder / "tokens.json", "Token file")
+        facts = read_json(folder / "tokens.json", "Token file", f"Delete {folder.parent} and run again.")
         for name in ("tokens", "offsets"):
             path = folder / f"{name}.bin"
             if not path.is_file() or sha256(path) != facts[name]:
