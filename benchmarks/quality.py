@@ -9,8 +9,8 @@ the peers' learning rates assume it; so all minimise the same error. With --raw 
 whatever normalisation is its own, and the error is measured on the raw activations.
 
 Each peer is trained with its documented defaults (Topkapi: the optimiser of its recipes for short runs), and again
-with each learning rate of --lr, which Topkapi is given too. Measured on held-out documents: normalized MSE about the held-out mean, L0 and the share of latents that never
-fire there. Writes a table and JSON.
+with each learning rate of --lr, which Topkapi is given too. Measured on held-out documents: normalized MSE about the
+held-out mean, L0 and the share of latents that never fire there. Writes a table and JSON.
 """
 
 import argparse

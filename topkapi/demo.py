@@ -62,7 +62,8 @@ def demo(config: TrainConfig, run: Path) -> None:
     results = _evaluate(run, ae, source, config, config.eval)
 
     found = strongest_contexts(ae, (source.blocks[i] for i in range(len(source.blocks))), config.data.context)
-    _show(Console(highlight=False), source, found, results)
+    width = None if sys.stdout.isatty() else 140  # piped, rich would break lines at 80
+    _show(Console(highlight=False, width=width), source, found, results)
     title = f"{ae.n_latents:,} latents, k={ae.k}, on {ae.site} of {ae.language_model}"
     picture = draw_run(run, found.density, title)
     minutes, gigabytes = (time.monotonic() - started) / 60, peak_memory() / 2**30

@@ -119,6 +119,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """
     try:
         save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors makes it readable by its owner alone
     except SafetensorError as error:
         full = "StorageFull" in str(error) or "No space left" in str(error)
         number = errno.ENOSPC if full else errno.EIO
