@@ -66,7 +66,7 @@ def train_command(arguments: Sequence[str]) -> None:
     from topkapi.train import saved_config, train
 
     if not arguments or arguments[0] in ("-h", "--help"):
-        say(_train_help())
+        print(_train_help())
         return
     name, *options = arguments
     if name in RECIPES:
