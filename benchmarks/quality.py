@@ -193,7 +193,7 @@ def main() -> None:
     about = {"device": platform.processor() if data.train.device.type == "cpu" else torch.cuda.get_device_name()}
     about |= {"torch": torch.__version__, "train_rows": len(data.train), "held_out_rows": len(data.held_out)}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    settings = {name: value for name, value in vars(options).items() if name != "out"}
     options.out.write_text(json.dumps({"about": about, "options": settings, "rows": rows}, indent=1))
     print(table(rows))
 

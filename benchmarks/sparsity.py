@@ -111,7 +111,7 @@ def main() -> None:
         shown = {name: value for name, value in rows[-1].items() if name != "curve"}
         print(json.dumps(shown | {"first": rows[-1]["curve"][0], "last": rows[-1]["curve"][-1]}), flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    settings = {name: value for name, value in vars(options).items() if name != "out"}
     Path(f"{options.out}.json").write_text(json.dumps({"options": settings, "rows": rows}) + "\n")
     draw(rows, Path(f"{options.out}.png"), title)
 

@@ -3,8 +3,8 @@
     python benchmarks/step.py --device cpu --peers
 
 A round times each thing once, in turn, so that a slow moment of the machine hits all alike; reported are medians over
-rounds and the median of the ratios within rounds. The step is forward, AuxK (armed; nothing dead unless --dead),
-backward, projection, Adam, unit norm and dead counters; EMA is left out, as no peer has it, and timed beside.
+rounds and the median of the ratios within rounds. The step is normalisation, forward, AuxK (armed; nothing dead unless
+--dead), backward, projection, Adam, unit norm and dead counters; EMA is left out, as no peer has it, and timed beside.
 Inputs are random unit-scale rows. Peers are built and stepped by benchmarks/peers.py.
 """
 
@@ -35,8 +35,9 @@ Timed = dict[str, Callable[[], object]]
 class Ours:
     """Topkapi's step at one shape, and the same work piece by piece."""
 
-    def __init__(self, options: argparse.Namespace, x: torch.Tensor, ema_decay: float) -> None:
-        self.ae = Autoencoder(d_model=options.d_model, n_latents=options.n_latents, k=options.k).to(x.device)
+    def __init__(self, options: argparse.Namespace, raw: torch.Tensor, ema_decay: float) -> None:
+        self.ae = Autoencoder(d_model=options.d_model, n_latents=options.n_latents, k=options.k).to(raw.device)
+        self.raw, x = raw, Autoencoder.normalise(raw).x
         self.x = x
         self.ae.initialise_(x)
         self.scale = mse_scale(x)
@@ -44,13 +45,15 @@ class Ours:
         self.optimizer = Optimizer(self.ae, OptimConfig(lr=1e-4, ema_decay=ema_decay))
         self.counter = DeadCounter(options.n_latents, x.device)
         self.n_dead = int(options.dead * options.n_latents)
+        self.ae.latent_bias.data[: self.n_dead] = -1e4  # as the peers' are silenced
 
     def step(self) -> None:
-        """A whole step, with the first latents marked dead if asked."""
+        """A whole step on raw rows, with the first latents dead if asked."""
         self.counter.silent_for[: self.n_dead] = 10_000_000
-        found = topk_step(self.ae, self.x, self.scale, self.counter.dead(self.auxk.dead_after), self.auxk)
+        x = Autoencoder.normalise(self.raw).x
+        found = topk_step(self.ae, x, self.scale, self.counter.dead(self.auxk.dead_after), self.auxk)
         self.optimizer.step_(self.ae, found.gradients, 1e-4)
-        self.counter.count_(found.fired, len(self.x))
+        self.counter.count_(found.fired, len(x))
 
     def parts(self) -> Timed:
         """The step's parts, each on the same inputs."""
@@ -124,7 +127,7 @@ def main() -> None:
     torch.manual_seed(0)
     raw = torch.randn(options.batch, options.d_model, device=device)
     x = Autoencoder.normalise(raw).x
-    ours, averaged = Ours(options, x, ema_decay=0.0), Ours(options, x, ema_decay=0.999)
+    ours, averaged = Ours(options, raw, ema_decay=0.0), Ours(options, raw, ema_decay=0.999)
     out = torch.empty(options.batch, options.n_latents, device=device)
     weight = ours.ae.W_enc.detach()
     timed: Timed = {
@@ -150,7 +153,7 @@ def main() -> None:
     found = measure(timed, options.rounds, device)
     parts = measure({"bare encoder matmul": timed["bare encoder matmul"], **ours.parts()}, options.rounds, device)
     about = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    about |= {"torch": torch.__version__, "options": {k: str(v) for k, v in vars(options).items()}}
+    about |= {"torch": torch.__version__, "options": {k: v for k, v in vars(options).items() if k != "out"}}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"about": about, "milliseconds": found, "parts": parts}, indent=1))
     print(json.dumps(about))

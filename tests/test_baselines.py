@@ -44,7 +44,7 @@ def trained(activation: str, sparsity: str, unit_norm: bool, coefficient: float 
         else:
             step = relu_step(ae, x, scale, LossConfig(sparsity=sparsity, l1_coefficient=coefficient))
         optimizer.step_(ae, step.gradients, 3e-3)
-        found.append((float(step.terms.l1) / coefficient, float(step.l0), float(step.terms.mse)))
+        found.append((float(step.terms.l1) / coefficient, float(step.l0), float(step.terms.normalized_mse)))
     l1, l0, mse = torch.tensor(found[-20:]).mean(0).tolist()
     return {"norm": float(ae.W_dec.detach().norm(dim=1).mean()), "l1": l1, "l0": l0, "mse": mse}
 

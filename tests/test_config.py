@@ -44,7 +44,7 @@ from topkapi.recipes import RECIPES
         (AuxKConfig, {"auxk": -1}, "auxk must be auto, or 0 or more; got -1"),
         (AuxKConfig, {"coefficient": -0.1}, "coefficient"),
         (AuxKConfig, {"dead_after": 0}, "dead_after"),
-        (OptimConfig, {"lr": 0.0}, "lr must be auto or more than 0; got 0.0"),
+        (OptimConfig, {"lr": 0.0}, "lr must be auto, or a finite number above 0; got 0.0"),
         (OptimConfig, {"lr": float("nan")}, "lr"),
         (OptimConfig, {"lr_warmup": 1.5}, "lr_warmup"),
         (OptimConfig, {"lr_warmup": 0.6, "lr_decay": 0.5}, "lr_decay"),
@@ -60,7 +60,10 @@ from topkapi.recipes import RECIPES
         (TrainConfig, {"model": ModelConfig(activation="relu")}, "needs a penalty: set --loss.sparsity l1"),
         (
             TrainConfig,
-            {"model": ModelConfig(activation="relu"), "loss": LossConfig(sparsity="l1_decoder_norm")},
+            {
+                "model": ModelConfig(activation="relu"),
+                "loss": LossConfig(sparsity="l1_decoder_norm", l1_coefficient=0.1),
+            },
             "set --optim.no-unit-norm-decoder",
         ),
     ],

@@ -1,6 +1,6 @@
 """The geometric median is optimal, and says when it is not.
 
-Seen to catch: Weiszfeld's step without Vardi and Zhang's correction (sticks at a point of the sample).
+Seen to catch: plain Weiszfeld weights, with a point at hand counted at the smallest distance (sticks there).
 """
 
 import pytest
@@ -38,10 +38,13 @@ def test_a_point_that_is_most_of_the_sample_is_the_median() -> None:
 
 
 def test_starting_on_a_point_of_the_sample_does_not_stick() -> None:
-    points = torch.tensor([[0.0, 0], [1, 0], [-1, 0], [0, 3], [0, -3], [5, 5], [-5, -5]]).double()
-    points[5:] += 0.5  # the mean is near, not on, the origin; its median is off the axes' crossing
+    crowd = torch.tensor([[1.0, 0.1], [1, -0.1], [1, 0.2], [1, -0.2], [1, 0.3], [1, -0.3]]).double()
+    points = torch.cat([torch.zeros(1, 2).double(), crowd, torch.tensor([[-6.0, 0]]).double()])
+    assert not points.mean(0).any()  # the iteration starts on the first point, far from the crowd where the median is
     found = geometric_median(points, tolerance=1e-9, max_iterations=20_000)
     assert found.converged
+    assert found.point[0] > 0.9
+    assert cost(points, found.point) < cost(points, points[0]) - 0.3
 
 
 def test_one_point_and_equal_points() -> None:

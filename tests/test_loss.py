@@ -47,4 +47,4 @@ def test_l1_plain_and_weighted() -> None:
 def test_terms_add_up_and_are_logged_under_their_names() -> None:
     terms = LossTerms(*torch.tensor([0.5, 0.25, 0.125]))
     assert float(terms.total()) == 0.875
-    assert terms.detached() == {"mse": 0.5, "auxk": 0.25, "l1": 0.125}
+    assert terms.detached() == {"normalized_mse": 0.5, "auxk": 0.25, "l1": 0.125}

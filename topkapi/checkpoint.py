@@ -95,6 +95,8 @@ def load_newest(runs: list[Path]) -> list[Checkpoint] | None:
                 _set_aside(run, step)
                 damaged = True
         if len(found) == len(runs):
+            for run in runs:
+                _forget_after(run, step)
             return found
     if damaged:
         raise TopkapiError(
@@ -102,6 +104,12 @@ def load_newest(runs: list[Path]) -> list[Checkpoint] | None:
             "Start again with another --run."
         )
     return None
+
+
+def _forget_after(run: Path, step: int) -> None:
+    """Remove checkpoints beyond the step that a run goes back to: they belong to another course of it."""
+    for later in [found for found in steps(run) if found > step]:
+        shutil.rmtree(run / "checkpoints" / f"step-{later:08d}")
 
 
 def _set_aside(run: Path, step: int) -> None:

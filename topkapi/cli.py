@@ -1,6 +1,9 @@
 """The command `topkapi`: one function a subcommand, options generated from the dataclasses of `topkapi.config`."""
 
+import errno
 import io
+import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
@@ -11,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 
 import topkapi
-from topkapi.config import TrainConfig
+from topkapi.config import EvalConfig, TrainConfig
 from topkapi.console import say
 from topkapi.errors import TopkapiError
 from topkapi.published import CONFIG
@@ -38,20 +41,6 @@ class Train:
 
 
 @dataclass(kw_only=True)
-class Eval:
-    """Evaluate a run's autoencoder on held-out text; writes RUN/eval.json."""
-
-    run: Annotated[Path, tyro.conf.Positional]
-    """Folder of a finished run."""
-
-    tokens: int = 0
-    """Held-out tokens reconstructed; 0 takes the run's own setting."""
-
-    downstream_tokens: int = 0
-    """Held-out tokens for cross-entropy and KL; 0 takes the run's own setting."""
-
-
-@dataclass(kw_only=True)
 class Demo:
     """Train on a real language model from installed packages, evaluate, and show what latents fire on."""
 
@@ -62,7 +51,7 @@ class Demo:
 
 
 def train_command(arguments: Sequence[str]) -> None:
-    """topkapi train RECIPE_OR_RUN [--field value ...]."""
+    """topkapi train RECIPE_OR_RUN [--field value ...]: train an autoencoder, or several side by side."""
     from topkapi.train import saved_config, train
 
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -87,16 +76,21 @@ def train_command(arguments: Sequence[str]) -> None:
 
 
 def eval_command(arguments: Sequence[str]) -> None:
-    """topkapi eval RUN [--tokens N]."""
+    """topkapi eval RUN [--tokens N] [--downstream-tokens N]: measure a run on held-out text, into RUN/eval.json."""
     from topkapi.demo import evaluate_run, print_table
+    from topkapi.train import saved_config
 
-    command = _parse(Eval, "topkapi eval", arguments)
-    given = {name: n for name in ("tokens", "downstream_tokens") if (n := getattr(command, name))}
-    print_table(evaluate_run(command.run, given))
+    if not arguments or {"-h", "--help"} & set(arguments):
+        _parse(EvalConfig, "topkapi eval RUN", ["--help"])
+    name, *options = arguments
+    run = Path(name)
+    if not run.is_dir():
+        raise TopkapiError(f"no run {run}: give the folder that topkapi train wrote, as in topkapi eval runs/demo.")
+    print_table(evaluate_run(run, _parse(EvalConfig, f"topkapi eval {run}", options, saved_config(run).eval)))
 
 
 def demo_command(arguments: Sequence[str]) -> None:
-    """topkapi demo [--field value ...]."""
+    """topkapi demo [--field value ...]: train, evaluate and show a small one on a real language model."""
     from topkapi.demo import demo
 
     command = _parse(Demo, "topkapi demo", arguments)
@@ -129,6 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TopkapiError as error:
         say(f"topkapi: {error}")
         return 2
+    except BrokenPipeError:  # whoever read our output has seen enough
+        sys.stderr.close()
+        return 128 + signal.SIGPIPE
     except OSError as error:
         say(f"topkapi: {_explain(error)}")
         return 2
@@ -141,8 +138,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(cls: type, program: str, arguments: Sequence[str], default: Any = tyro.MISSING_NONPROP) -> Any:
-    return tyro.cli(cls, prog=program, args=list(arguments), default=default, config=(tyro.conf.AvoidSubcommands,))
+def _parse(
+    cls: type, program: str, arguments: Sequence[str], default: Any = tyro.MISSING_NONPROP, more: tuple = ()
+) -> Any:
+    """The dataclass that the options describe; a mistake in them is a TopkapiError of one line, not tyro's box."""
+    markers = (tyro.conf.AvoidSubcommands, *more)
+    boxed = io.StringIO()
+    try:
+        with redirect_stderr(boxed):
+            return tyro.cli(cls, prog=program, args=list(arguments), default=default, config=markers)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise TopkapiError(f"{_unboxed(boxed.getvalue())} See {program} --help.") from None
+
+
+def _unboxed(box: str) -> str:
+    """The sentence inside one of tyro's error boxes, which have a title above and a pointer to the help below it."""
+    lines = [re.sub("[│╭╰╮╯─]", "", line).strip() for line in box.splitlines()]
+    title, *body = [line for line in lines if line.strip("-")] or ["Bad options"]
+    end = next((i for i, line in enumerate(body) if line.startswith("For full helptext")), len(body))
+    return f"{' '.join(body[:end]) or title}".rstrip(".") + "."
 
 
 def _variant(config: TrainConfig, text: str) -> TrainConfig:
@@ -152,22 +168,17 @@ def _variant(config: TrainConfig, text: str) -> TrainConfig:
         raise TopkapiError(f"--variants {text!r}: write FIELD=VALUE, joined by commas, as in model.k=16,model.seed=1.")
     options = [option for name, _, value in parts for option in (f"--{name}", value)]
     try:
-        with redirect_stderr(io.StringIO()):  # tyro explains in a box, under a command that was not given
-            return _parse(TrainConfig, "", options, config)
-    except SystemExit:
-        raise TopkapiError(
-            f"--variants {text!r}: no such field, or a value that it does not take; topkapi train RECIPE --help lists "
-            "the fields."
-        ) from None
+        return _parse(TrainConfig, "topkapi train RECIPE", options, config, (tyro.conf.FlagConversionOff,))
+    except TopkapiError as error:
+        raise TopkapiError(f"--variants {text!r}: {error}") from None
 
 
 def _explain(error: OSError) -> str:
     """One line for what the operating system refused."""
     where = f" {error.filename}" if error.filename else ""
-    return (
-        f"the system refused{where}: {error.strerror or error}. Free some space or choose another folder; "
-        "what was saved before is untouched."
-    )
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    advice = "Free some space or choose another folder" if full else "Choose another folder, or mend this one"
+    return f"the system refused{where}: {error.strerror or error}. {advice}; what was saved before is untouched."
 
 
 def _help() -> str:

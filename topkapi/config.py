@@ -186,9 +186,9 @@ class OptimConfig:
     """Decay of the averaged weights that are published and evaluated; 0 publishes the last weights."""
 
     def __post_init__(self) -> None:
-        _require(self, "lr", self.lr == "auto" or self.lr > 0, "auto or more than 0")
+        _require(self, "lr", self.lr == "auto" or 0 < self.lr < math.inf, "auto, or a finite number above 0")
         _require(self, "lr_warmup", 0 <= self.lr_warmup <= 1, "between 0 and 1")
-        _require(self, "lr_decay", 0 <= self.lr_decay <= 1 - self.lr_warmup, "between 0 and 1 - lr_warmup")
+        _require(self, "lr_decay", 0 <= self.lr_decay <= 1 - self.lr_warmup + 1e-9, "between 0 and 1 - lr_warmup")
         _require(self, "beta1", 0 <= self.beta1 < 1, "in [0, 1)")
         _require(self, "beta2", 0 <= self.beta2 < 1, "in [0, 1)")
         _require(self, "eps", self.eps > 0, "more than 0")
@@ -257,6 +257,11 @@ class TrainConfig:
                 "ModelConfig.activation='relu' needs a penalty: set --loss.sparsity l1 or l1_decoder_norm, "
                 "and --loss.l1-coefficient."
             )
+        if (self.loss.l1_coefficient > 0) != (self.loss.sparsity != "none"):
+            raise TopkapiError(
+                f"LossConfig.l1_coefficient={self.loss.l1_coefficient:g} does not go with "
+                f"sparsity={self.loss.sparsity!r}: a penalty needs --loss.l1-coefficient above 0, and none takes 0."
+            )
         if self.loss.sparsity == "l1_decoder_norm" and self.optim.unit_norm_decoder:
             raise TopkapiError(
                 "LossConfig.sparsity='l1_decoder_norm' leaves the decoder's norms free: "
@@ -301,7 +306,7 @@ def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
 
 
 def differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
-    """One line for each field in which two configs differ, such as `model.k: 32 here, 64 there`."""
+    """One line for each field in which two configs differ, such as `model.k: 32 against 64`."""
     lines = []
     for f in fields(ours):
         a, b = getattr(ours, f.name), getattr(theirs, f.name)

@@ -8,7 +8,6 @@ import json
 import resource
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -18,20 +17,20 @@ from topkapi.config import EvalConfig, TrainConfig
 from topkapi.console import say
 from topkapi.evaluate import evaluate
 from topkapi.evaluate.contexts import Strongest, choose_latents, format_contexts, strongest_contexts
-from topkapi.figures import draw_run
+from topkapi.figures import draw_run, require_matplotlib
 from topkapi.files import write_text_atomic
 from topkapi.model import Autoencoder
 from topkapi.published import CONFIG
 from topkapi.train import Source, Text, load_run, open_source, open_text, train
 
 
-def evaluate_run(run: Path, settings: dict[str, int] | None = None) -> dict[str, float | int | None]:
+def evaluate_run(run: Path, settings: EvalConfig) -> dict[str, float | int | None]:
     """The metrics of `topkapi.evaluate.evaluate` for a finished run, also written to RUN/eval.json.
 
-    `settings` replaces fields of the run's EvalConfig.
+    The run's own settings are `saved_config(run).eval`.
     """
     ae, config = load_run(run)
-    return _evaluate(run, ae, open_text(config), config, replace(config.eval, **(settings or {})))
+    return _evaluate(run, ae, open_text(config), config, settings)
 
 
 def _evaluate(
@@ -55,6 +54,7 @@ def print_table(results: dict[str, float | int | None]) -> None:
 
 def demo(config: TrainConfig, run: Path) -> None:
     """Train, evaluate and show; everything lands in `run`."""
+    require_matplotlib()
     started = time.monotonic()
     train([config], [run], resume=(run / CONFIG).exists())
     ae, config = load_run(run)

@@ -1,5 +1,6 @@
 """Pictures of a run, drawn with matplotlib (extra `plot`) from the files in its folder."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from topkapi.errors import TopkapiError
+from topkapi.files import write_atomic
 
 
 def draw_run(run: Path, density: Float[Tensor, " n_latents"], title: str) -> Path:
@@ -24,7 +26,7 @@ def draw_run(run: Path, density: Float[Tensor, " n_latents"], title: str) -> Pat
     _densities(densities, density.cpu().numpy())
     _losses(losses, results)
     figure.suptitle(title)
-    figure.savefig(run / "report.png", dpi=130)
+    write_atomic(run / "report.png", lambda path: figure.savefig(path, dpi=130, format="png"))
     plt.close(figure)
     return run / "report.png"
 
@@ -33,8 +35,9 @@ def _training(axes: Any, metrics: list[dict[str, float]], results: dict[str, flo
     from matplotlib.ticker import MaxNLocator
 
     tokens = [line["tokens"] for line in metrics]
-    axes.plot(tokens, [line["mse"] for line in metrics], label="normalized MSE, training")
-    axes.plot(tokens[-1], results["normalized_mse"], "o", label=f"held out: {results['normalized_mse']:.3f}")
+    axes.plot(tokens, [line["normalized_mse"] for line in metrics], label="normalized MSE, training")
+    if (held_out := results["normalized_mse"]) is not None:
+        axes.plot(tokens[-1], held_out, "o", label=f"held out: {held_out:.3f}")
     axes.plot(tokens, [line["dead_fraction"] for line in metrics], label="dead fraction")
     axes.set(xlabel="tokens", ylim=(0, None), title="training")
     axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -66,11 +69,16 @@ def _losses(axes: Any, results: dict[str, float | None]) -> None:
     axes.set_title("next-token loss" if recovered is None else f"next-token loss: {recovered:.1%} recovered")
 
 
+def require_matplotlib() -> None:
+    """Raise TopkapiError if matplotlib is missing: to be called before long work that ends in a picture."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise TopkapiError("a picture needs matplotlib: pip install 'topkapi[plot]'.")
+
+
 def _pyplot() -> Any:
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise TopkapiError("a picture needs matplotlib: pip install 'topkapi[plot]'.") from None
+    require_matplotlib()
+    import matplotlib as mpl
+
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -119,11 +119,17 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """
     try:
         save_file(tensors, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # safetensors makes it readable by its owner alone
+        path.chmod(0o666 & ~_umask())  # safetensors makes it readable by its owner alone
     except SafetensorError as error:
         full = "StorageFull" in str(error) or "No space left" in str(error)
         number = errno.ENOSPC if full else errno.EIO
         raise OSError(number, os.strerror(number) if full else str(error), str(path)) from None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def load_tensors(path: Path, checksum: str, what: str, remedy: str = "") -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """One training step's forward pass and gradients.
 
 For TopK they are written by hand: nothing of the size (tokens, n_latents) is kept, and the weight gradients stay
-sparse until the optimiser asks for a block of rows. The ReLU baselines are dense by nature and use autograd.
+sparse until the optimiser asks for rows. The ReLU baselines are dense by nature and use autograd.
 
 TopK, for a batch of n tokens:
 

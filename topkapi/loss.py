@@ -14,8 +14,8 @@ from torch import Tensor
 class LossTerms:
     """The terms of one step's loss, already weighted: their sum is what is minimised. All 0-dimensional."""
 
-    mse: Float[Tensor, ""]
-    """Squared error times `mse_scale`: the normalized MSE of the batch, with the fixed baseline of the sample."""
+    normalized_mse: Float[Tensor, ""]
+    """Squared error times `mse_scale`: the batch's normalized MSE against the fixed baseline of the sample."""
     auxk: Float[Tensor, ""]
     """AuxK with its coefficient; 0 where no latent is dead or the term is not finite."""
     l1: Float[Tensor, ""]
@@ -23,7 +23,7 @@ class LossTerms:
 
     def total(self) -> Float[Tensor, ""]:
         """The loss."""
-        return self.mse + self.auxk + self.l1
+        return self.normalized_mse + self.auxk + self.l1
 
     def detached(self) -> dict[str, float]:
         """The terms as numbers, under their names, for the log."""

@@ -15,6 +15,7 @@ from topkapi.errors import TopkapiError
 from topkapi.files import write_text_atomic
 from topkapi.geometric_median import geometric_median
 
+DENSE_ELEMENTS = 2**25  # latents of a ReLU autoencoder in memory at a time
 PARAMETERS = ("W_enc", "W_dec", "latent_bias", "pre_bias")
 
 
@@ -128,16 +129,20 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="topkapi", licen
 
     def decode(self, values: Float[Tensor, "n k"], indices: Int[Tensor, "n k"]) -> Float[Tensor, "n d_model"]:
         """The normalised reconstruction: the sum of the active latents' decoder rows, plus pre_bias."""
-        if self.activation == "relu" and values.shape[1] == self.n_latents:
-            return values @ self.W_dec + self.pre_bias
+        if self.activation == "relu" and indices.shape[1] == self.n_latents and indices.stride(0) == 0:
+            return values @ self.W_dec + self.pre_bias  # all latents in order, as `encode` gives them
         return ops.dense_sparse_matmul(values, indices, self.W_dec) + self.pre_bias
 
     def forward(self, raw: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """The reconstruction of raw activations, of the same shape and scale."""
+        """The reconstruction of raw activations, of the same shape, scale and dtype; computed in the weights' dtype."""
         if raw.shape[-1] != self.d_model:
             raise TopkapiError(f"activations must be (..., d_model={self.d_model}); got {tuple(raw.shape)}.")
-        x, mean, norm = self.normalise(raw.flatten(0, -2) if raw.ndim > 1 else raw[None])
-        return self.denormalise(self.decode(*self.encode(x)), mean, norm).view_as(raw)
+        rows = raw.reshape(-1, self.d_model).to(self.W_enc.dtype)
+        x, mean, norm = self.normalise(rows)
+        # ReLU latents are dense: in parts, so that memory stays bounded
+        parts = x.split(max(1, DENSE_ELEMENTS // self.n_latents)) if self.activation == "relu" else (x,)
+        recon = torch.cat([self.decode(*self.encode(part)) for part in parts])
+        return self.denormalise(recon, mean, norm).view(raw.shape).to(raw.dtype)
 
     def description(self) -> dict[str, Any]:
         """What config.json says of this autoencoder."""
@@ -190,7 +195,9 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="topkapi", licen
 
 
 def _model_card(ae: Autoencoder) -> str:
-    rows = "\n".join(f"| {name} | {value} |" for name, value in ae.summary.items())
+    figures = {name: value for name, value in ae.summary.items() if name != "last_batch"}
+    figures |= {f"{name}, last training batch": value for name, value in ae.summary.get("last_batch", {}).items()}
+    rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
     kind = f"TopK (k={ae.k})" if ae.activation == "topk" else "ReLU"
     return f"""---
 library_name: topkapi

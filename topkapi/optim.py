@@ -1,8 +1,8 @@
 """The optimiser step, a block of latents at a time: project, clip, Adam, unit norm, EMA, in that order.
 
-The five passes over a block of rows run while the block is in the processor's cache, and the block's gradient is
-reduced just before, so that no gradient of the weights' size exists. With clipping the gradient is reduced twice:
-its norm must be known before the first update.
+On a CPU the five passes over a block of rows run while the block is in the processor's cache, and the block's gradient
+is reduced just before, so that no gradient of the weights' size exists; on a GPU one block is the whole weight. With
+clipping the gradient is reduced twice: its norm must be known before the first update.
 
 Scale. The loss is normalized MSE, so gradients of W_enc and W_dec do not depend on the scale of x, and the paper's
 epsilon (6.25e-10, small beside gradients averaged over a large batch) applies to them unchanged. The paper's code feeds
@@ -142,10 +142,10 @@ def unit_norm_(rows: Float[Tensor, "n d_model"]) -> None:
     rows /= rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
 
 
-def learning_rate(config: OptimConfig, done: float) -> float:
-    """The learning rate when a share `done` of the training tokens has been seen: rise, plateau, fall, as set."""
-    rise = min(1.0, done / config.lr_warmup) if config.lr_warmup else 1.0
-    fall = min(1.0, (1 - done) / config.lr_decay) if config.lr_decay else 1.0
+def learning_rate(config: OptimConfig, step: int, n_steps: int) -> float:
+    """The learning rate of step 0 to n_steps - 1: rise, plateau and fall, never quite 0."""
+    rise = min(1.0, (step + 1) / (config.lr_warmup * n_steps)) if config.lr_warmup else 1.0
+    fall = min(1.0, (n_steps - step) / (config.lr_decay * n_steps)) if config.lr_decay else 1.0
     return config.lr * rise * fall
 
 

@@ -98,7 +98,7 @@ class Trainer:
             found = topk_step(self.ae, x, self.scale, self.dead.dead(config.auxk.dead_after), config.auxk)
         else:
             found = relu_step(self.ae, x, self.scale, config.loss)
-        self.optimizer.step_(self.ae, found.gradients, learning_rate(config.optim, step / config.n_steps))
+        self.optimizer.step_(self.ae, found.gradients, learning_rate(config.optim, step, config.n_steps))
         self.dead.count_(found.fired, len(x))
         self._last = found
 
@@ -153,8 +153,8 @@ class Trainer:
         self.latest, self._last = saved.meta["metrics"], None
 
     def publish(self, tokens: int) -> None:
-        """Write the finished autoencoder, with the averaged weights, to the run folder."""
-        self.ae.summary = {"tokens": tokens, "steps": self.optimizer.n_steps, **self.metrics()}
+        """Write the finished autoencoder, with the averaged weights where there are any, to the run folder."""
+        self.ae.summary = {"tokens": tokens, "steps": self.optimizer.n_steps, "last_batch": self.metrics()}
         weights = {name: tensor.cpu() for name, tensor in self.optimizer.averaged(self.ae).items()}
         write_text_atomic(self.run / published.CARD, str(self.ae.generate_model_card()))
         published.write_published(self.run, weights, self.ae.description())  # config.json last: it says "finished"
@@ -164,7 +164,8 @@ def train(configs: Sequence[TrainConfig], runs: Sequence[Path], resume: bool = F
     """Train an autoencoder for each config, side by side on one stream of activations, each in its run folder.
 
     Configs may differ in model, loss, auxk and optim; the rest must agree. With `resume` the runs go on from the
-    newest checkpoint that all of them have; finished ones stay as they are.
+    newest checkpoint that all of them have; where all are finished nothing is done. One that is no longer finite
+    is left behind at its last checkpoint, and the others go on.
 
     Raises:
         TopkapiError: a run exists already (without resume), a config differs from the one saved, bad input.
@@ -176,6 +177,8 @@ def train(configs: Sequence[TrainConfig], runs: Sequence[Path], resume: bool = F
         for config, run in zip(configs, runs, strict=True):
             stack.enter_context(_locked(run))
             _check_run(config, run, resume)
+        if resume and not any((run / published.CONFIG).exists() for run in runs):
+            say(f"{', '.join(map(str, runs))}: nothing to resume there; starting.")
         if resume and all(map(_is_finished, runs)):
             say(f"{', '.join(map(str, runs))}: finished before, nothing left to do.")
             return
@@ -191,6 +194,8 @@ def train(configs: Sequence[TrainConfig], runs: Sequence[Path], resume: bool = F
         _loop(trainers, batches, step, position, stop)
         for trainer in trainers:
             trainer.publish(configs[0].n_steps * configs[0].batch_tokens)
+        if lost := [str(run) for run in runs if run not in [trainer.run for trainer in trainers]]:
+            raise TopkapiError(f"{', '.join(lost)} did not finish, see above; the others did.")
 
 
 def _start(
@@ -199,6 +204,7 @@ def _start(
     """Write config.json, or go back to a checkpoint; the steps done and the place in the data."""
     if saved is None:
         for trainer in trainers:
+            _warn_of_idle_auxk(trainer.config)
             published.write_config(trainer.run, trainer.ae.description())
         return 0, batches.state()
     for trainer, found in zip(trainers, saved, strict=True):
@@ -238,7 +244,7 @@ def _loop(
             _save(trainers, logs, step, position)
         names = ", ".join(str(trainer.run) for trainer in trainers)
         how = f"topkapi train {names} --resume" if len(trainers) == 1 else "the same command with --resume"
-        state = f"{names} saved at step {step} of {config.n_steps}; continue with {how}"
+        state = f"{names} saved at step {step} of {config.n_steps}; continue with {how}" if step else "no step was done"
         raise Interrupted(request.signal_number, state) from None
     finally:
         for log in logs:
@@ -247,6 +253,7 @@ def _loop(
 
 def _save(trainers: list[Trainer], logs: list[MetricsLog], step: int, position: dict[str, int]) -> None:
     """Checkpoint all runs; older checkpoints go when all have the new one, so that there is always one they share."""
+    _drop_broken(trainers, logs, step)
     for log in logs:
         log.sync()
     for trainer in trainers:
@@ -255,14 +262,36 @@ def _save(trainers: list[Trainer], logs: list[MetricsLog], step: int, position: 
         checkpoint.keep_newest(trainer.run, trainer.config.keep_checkpoints)
 
 
+def _warn_of_idle_auxk(config: TrainConfig) -> None:
+    if config.model.activation == "topk" and config.auxk.auxk and config.auxk.dead_after >= config.tokens:
+        say(
+            f"warning: no latent can be dead within {config.tokens:,} tokens, as --auxk.dead-after is "
+            f"{config.auxk.dead_after:,}: AuxK will do nothing. Lower it to revive latents."
+        )
+
+
+def _drop_broken(trainers: list[Trainer], logs: list[MetricsLog], step: int) -> None:
+    """Take autoencoders that are no longer finite out of both lists, and say so; raises if none would be left."""
+    for trainer, log in list(zip(trainers, logs, strict=True)):
+        try:
+            trainer.check_finite(step)
+        except TopkapiError as error:
+            if len(trainers) == 1:
+                raise
+            say(f"warning: {error} The others go on without it.")
+            log.close()
+            trainers.remove(trainer)
+            logs.remove(log)
+
+
 def _log(trainers: list[Trainer], logs: list[MetricsLog], step: int, tokens: int, rate: float) -> dict[str, float]:
     """Write a line of metrics for each autoencoder; what to show of the first."""
+    _drop_broken(trainers, logs, step)
     for trainer, log in zip(trainers, logs, strict=True):
-        trainer.check_finite(step)
-        lr = learning_rate(trainer.config.optim, (step - 1) / trainer.config.n_steps)
+        lr = learning_rate(trainer.config.optim, step - 1, trainer.config.n_steps)
         log.write(step=step, tokens=tokens, **trainer.metrics(), lr=lr, tokens_per_second=round(rate, 1))
     first = trainers[0].metrics()
-    return {"normalized_mse": first["mse"], "l0": first["l0"], "dead": first["dead_fraction"]}
+    return {name: first[name] for name in ("normalized_mse", "l0", "dead_fraction")}
 
 
 def open_text(config: TrainConfig) -> Text:

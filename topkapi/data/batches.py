@@ -50,7 +50,9 @@ class ShuffledBatches:
                 self._next_block()
             empty = 0 if len(rows) else empty + 1
             if empty == 2 * len(self.blocks):  # so one epoch was empty, wherever it began
-                raise TopkapiError("No token of the corpus is kept: relax --data.drop-... or --data.max-norm-ratio.")
+                raise TopkapiError(
+                    "No token of the corpus is kept: relax --data.max-norm-ratio, or set --data.no-drop-special-tokens."
+                )
         return torch.cat(pieces)
 
     def state(self) -> dict[str, int]:

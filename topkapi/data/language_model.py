@@ -61,7 +61,7 @@ class LanguageModel:
     special_ids: set[int]
     """Ids that stand for no text: beginning of sequence, end of text, padding, chat markers."""
     fingerprint: str
-    """SHA-256 of the config and of a sample of every weight, rounded to bf16: the same on every device."""
+    """SHA-256 of the config and of every weight, rounded to bf16: the same on every device."""
 
     def __init__(self, model: Any, tokenizer: Any, config: LanguageModelConfig, fingerprint: str) -> None:
         settings = model.config.get_text_config()
