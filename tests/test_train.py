@@ -236,3 +236,13 @@ def test_saved_settings_are_complete(undisturbed, tiny_config):
     saved = json.loads((undisturbed / "config.json").read_text())
     assert saved["training"] == to_dict(tiny_config.resolved(64))
     assert Path(saved["language_model"]).is_dir()
+
+
+def test_a_broken_neighbour_is_left_behind(undisturbed, tiny_config, tmp_path, capsys):
+    broken = replace(tiny_config, optim=replace(tiny_config.optim, lr=1e38))
+    runs = [tmp_path / "broken", tmp_path / "sound"]
+    with pytest.raises(TopkapiError, match="broken did not finish, see above; the others did"):
+        train([broken, tiny_config], runs)
+    assert "The others go on without it" in capsys.readouterr().err
+    assert not (runs[0] / "model.safetensors").exists()
+    assert_same_run(runs[1], undisturbed)

@@ -82,7 +82,8 @@ def strongest_contexts(
         values=torch.zeros(n, per_latent, device=device),
         positions=torch.full((n, per_latent), -1, dtype=torch.int64, device=device),
     )
-    rows = max(1, CHUNK_ELEMENTS // n)
+    dense = 8 if ae.activation == "relu" else 1  # all its firings are sorted, several int64 for each
+    rows = max(1, CHUNK_ELEMENTS // (dense * n))
     for x, positions in blocks:
         for raw, where in zip(x.split(rows), positions.split(rows), strict=True):
             normal, _, _ = ae.normalise(raw.to(device, torch.float32))
