@@ -1,6 +1,6 @@
 """One training step of Topkapi against its own parts, the bare encoder matmul and three peers, paired in one run.
 
-    python benchmarks/step.py --device cpu --peers
+    python benchmarks/step.py --device cpu
 
 A round times each thing once, in turn, so that a slow moment of the machine hits all alike; reported are medians over
 rounds and the median of the ratios within rounds. The step is normalisation, forward, AuxK (armed; nothing dead unless
@@ -10,7 +10,6 @@ Inputs are random unit-scale rows. Peers are built and stepped by benchmarks/pee
 
 import argparse
 import json
-import math
 import platform
 import statistics
 import time
@@ -21,7 +20,7 @@ import torch
 from peers import PEERS, PeerConfig, make_peers
 
 from topkapi import Autoencoder, ops
-from topkapi.config import AuxKConfig, OptimConfig
+from topkapi.config import OptimConfig, TrainConfig
 from topkapi.console import progress
 from topkapi.dead import DeadCounter
 from topkapi.gradients import topk_step
@@ -41,7 +40,7 @@ class Ours:
         self.x = x
         self.ae.initialise_(x)
         self.scale = mse_scale(x)
-        self.auxk = AuxKConfig(auxk=2 ** round(math.log2(options.d_model / 2)), dead_after=10_000_000)
+        self.auxk = TrainConfig().resolved(options.d_model).auxk  # the default
         self.optimizer = Optimizer(self.ae, OptimConfig(lr=1e-4, ema_decay=ema_decay))
         self.counter = DeadCounter(options.n_latents, x.device)
         self.n_dead = int(options.dead * options.n_latents)
@@ -49,7 +48,7 @@ class Ours:
 
     def step(self) -> None:
         """A whole step on raw rows, with the first latents dead if asked."""
-        self.counter.silent_for[: self.n_dead] = 10_000_000
+        self.counter.silent_for[: self.n_dead] = self.auxk.dead_after
         x = Autoencoder.normalise(self.raw).x
         found = topk_step(self.ae, x, self.scale, self.counter.dead(self.auxk.dead_after), self.auxk)
         self.optimizer.step_(self.ae, found.gradients, 1e-4)

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from topkapi import checkpoint
+from topkapi import checkpoint, files
 from topkapi.errors import TopkapiError
 
 META = {"tokens": 5, "position": {"epoch": 0, "place": 1, "row": 2}, "scale": 1 / 3}
@@ -91,9 +91,9 @@ def test_a_full_disk_leaves_the_older_ones(run, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for name in ("save_tensors", "sync", "write_json"):
+    for module, name in ((checkpoint, "save_tensors"), (files, "sync"), (checkpoint, "write_json")):
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, name, full)
+            patch.setattr(module, name, full)
             with pytest.raises(OSError, match="No space left"):
                 checkpoint.save(run, 20, tensors(20), META)
         assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [

@@ -19,7 +19,6 @@ from tests.command_line import contents, one_line, train_arguments
 from tests.data.tiny import make_language_model
 from topkapi import checkpoint, files
 from topkapi.cli import main
-from topkapi.data import folders
 from topkapi.optim import learning_rate
 from topkapi.train import open_source, train
 
@@ -221,8 +220,7 @@ def test_a_full_disk_then_more_space(refused, finished, tiny_config, tmp_path, m
         "publishing": lambda path: "model.safetensors" in path.name,
     }[moment]
     with monkeypatch.context() as patch:
-        for module in (files, checkpoint, folders):
-            patch.setattr(module, "sync", _full_disk(inside))
+        patch.setattr(files, "sync", _full_disk(inside))
         refused(train_arguments(tiny_config, run), "No space left on device", "Free some space")
     saved = checkpoint.steps(run)
     assert saved == {"checkpoint": [5], "publishing": [15, 20]}.get(moment, [])

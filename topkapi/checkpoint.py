@@ -14,7 +14,7 @@ from torch import Tensor
 
 from topkapi.console import say
 from topkapi.errors import TopkapiError
-from topkapi.files import load_tensors, read_json, save_tensors, sha256, sync, write_json
+from topkapi.files import load_tensors, read_json, save_tensors, sha256, whole_folder, write_json
 
 STATE, MANIFEST = "state.safetensors", "manifest.json"
 
@@ -30,22 +30,12 @@ class Checkpoint:
 
 def save(run: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     """Write the checkpoint of `step`. Raises OSError with older ones untouched."""
-    folder = run / "checkpoints"
-    target = folder / f"step-{step:08d}"
+    target = run / "checkpoints" / f"step-{step:08d}"
     if target.exists():  # saved before, and whole: damaged ones are set aside when read
         return
-    temporary = folder / f".{target.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with whole_folder(target) as temporary:
         save_tensors(tensors, temporary / STATE)
-        sync(temporary / STATE)
         write_json(temporary / MANIFEST, {"step": step, "meta": meta, "sha256": sha256(temporary / STATE)})
-        sync(temporary)
-        temporary.rename(target)
-        sync(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def keep_newest(run: Path, keep: int) -> None:

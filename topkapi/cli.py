@@ -84,8 +84,6 @@ def eval_command(arguments: Sequence[str]) -> None:
         _parse(EvalConfig, "topkapi eval RUN", ["--help"])
     name, *options = arguments
     run = Path(name)
-    if not run.is_dir():
-        raise TopkapiError(f"no run {run}: give the folder that topkapi train wrote, as in topkapi eval runs/demo.")
     print_table(evaluate_run(run, _parse(EvalConfig, f"topkapi eval {run}", options, saved_config(run).eval)))
 
 

