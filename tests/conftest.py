@@ -1,9 +1,28 @@
 """A tiny language model, a corpus, a cache of their own and a config of twenty steps on them, for the whole session."""
 
+import inspect
+import os
 from dataclasses import replace
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on CPU tensors; read when a kernel's module is imported
+
+import triton
+
+_jit = triton.jit
+
+
+def _jit_unwrapped(function=None, **options):
+    """`triton.jit` for functions that the checks of annotations have wrapped."""
+    if function is None:
+        return lambda function: _jit(inspect.unwrap(function), **options)
+    return _jit(inspect.unwrap(function), **options)
+
+
+triton.jit = _jit_unwrapped
 
 from tests.data.tiny import make_corpus, make_language_model
 from tests.fork_server import ForkServer

@@ -8,7 +8,7 @@ import torch
 
 from topkapi import Autoencoder
 from topkapi.config import AuxKConfig, LossConfig, OptimConfig
-from topkapi.gradients import relu_step, topk_step
+from topkapi.gradients import DeadSubset, relu_step, topk_step
 from topkapi.loss import mse_scale
 from topkapi.optim import Optimizer
 
@@ -40,7 +40,7 @@ def trained(activation: str, sparsity: str, unit_norm: bool, coefficient: float 
     found = []
     for x in DATA:
         if activation == "topk":
-            step = topk_step(ae, x, scale, dead, AuxKConfig(auxk=8))
+            step = topk_step(ae, x, scale, DeadSubset.of(dead), AuxKConfig(auxk=8))
         else:
             step = relu_step(ae, x, scale, LossConfig(sparsity=sparsity, l1_coefficient=coefficient))
         optimizer.step_(ae, step.gradients, 3e-3)

@@ -185,6 +185,10 @@ class OptimConfig:
     ema_decay: float = 0.999
     """Decay of the averaged weights that are published and evaluated; 0 publishes the last weights."""
 
+    state: Literal["float32", "low_memory"] = "float32"
+    """low_memory: bf16 weights with stochastic rounding and 8-bit moments, 4 bytes a parameter instead of 12 to 14, for
+    dictionaries of millions of latents; on cuda only."""
+
     def __post_init__(self) -> None:
         _require(self, "lr", self.lr == "auto" or 0 < self.lr < math.inf, "auto, or a finite number above 0")
         _require(self, "lr_warmup", 0 <= self.lr_warmup <= 1, "between 0 and 1")
@@ -232,6 +236,10 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto is cuda where there is one."""
 
+    precision: Literal["auto", "float32", "bf16", "fp8"] = "auto"
+    """What a step computes in; parameters are float32. bf16: bf16 weights and activations, float32 sums (auto on
+    cuda; CPUs take float32 only). fp8: the same, with latents screened in fp8 before they are scored in bf16."""
+
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
 
@@ -262,6 +270,9 @@ class TrainConfig:
                 f"LossConfig.l1_coefficient={self.loss.l1_coefficient:g} does not go with "
                 f"sparsity={self.loss.sparsity!r}: a penalty needs --loss.l1-coefficient above 0, and none takes 0."
             )
+        plain = self.precision in ("auto", "float32") and self.optim.state == "float32"
+        if self.model.activation == "relu" and not plain:
+            raise TopkapiError("ModelConfig.activation='relu' trains in float32 with float32 optimiser state only.")
         if self.loss.sparsity == "l1_decoder_norm" and self.optim.unit_norm_decoder:
             raise TopkapiError(
                 "LossConfig.sparsity='l1_decoder_norm' leaves the decoder's norms free: "
@@ -273,14 +284,29 @@ class TrainConfig:
         """Optimiser steps: tokens / batch_tokens, rounded up."""
         return -(-self.tokens // self.batch_tokens)
 
-    def resolved(self, d_model: int) -> "TrainConfig":
-        """This config with every "auto" that a number stands for made concrete for activations of width d_model."""
+    def resolved(self, d_model: int, device: str = "cpu") -> "TrainConfig":
+        """This config with every "auto" but the device made concrete, for activations of width d_model on a device.
+
+        Raises:
+            TopkapiError: the device cannot do what is asked.
+        """
         auxk, lr = self.auxk.auxk, self.optim.lr
         if auxk == "auto":
             auxk = 2 ** round(math.log2(max(d_model / 2, 1)))
         if lr == "auto":
             lr = 1e-3 * math.sqrt(2**14 / self.model.n_latents)
-        return replace(self, auxk=replace(self.auxk, auxk=auxk), optim=replace(self.optim, lr=lr))
+        precision = self.precision
+        if precision == "auto":
+            precision = "bf16" if device == "cuda" and self.model.activation == "topk" else "float32"
+        if device != "cuda" and (precision != "float32" or self.optim.state != "float32"):
+            raise TopkapiError(
+                f"precision {precision} with {self.optim.state} optimiser state needs --device cuda; on {device} leave "
+                "--precision and --optim.state as they are."
+            )
+        if precision == "float32" and self.optim.state == "low_memory":
+            raise TopkapiError("--optim.state low_memory keeps weights in bf16: set --precision bf16 or fp8.")
+        optim, auxk_config = replace(self.optim, lr=lr), replace(self.auxk, auxk=auxk)
+        return replace(self, auxk=auxk_config, optim=optim, precision=precision)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -1,13 +1,16 @@
 """One training step's forward pass and gradients.
 
-For TopK they are written by hand: nothing of the size (tokens, n_latents) is kept, and the weight gradients stay
-sparse until the optimiser asks for rows. The ReLU baselines are dense by nature and use autograd.
+For TopK they are written by hand over the primitives of `topkapi.ops`, the same lines on every device: nothing of the
+size (tokens, n_latents) is kept, the weight gradients stay sparse until the optimiser asks for rows, and on a GPU the
+host waits for nothing. The ReLU baselines are dense by nature and use autograd.
 
-TopK, for a batch of n tokens:
+TopK, for a batch of n tokens, in the dtype of the working weights:
 
-1. values, indices = encode_topk(x);  recon = decode(values, indices)
-2. G = dL/drecon = 2 mse_scale / (n d_model) (recon - x);  dvalues = matmul_at_sparse_indices(G, W_dec, indices)
-3. one sort of the (token, latent) pairs, shared by the weight gradients of decoder and encoder
+1. centred = x - pre_bias;  values, indices = encode_topk(centred)
+2. one pass over the decoder rows of each token: error = recon - x, G = dL/drecon = 2 mse_scale / (n d_model) error,
+   and dvalues = G W_dec^T at the active latents
+3. one sort of the (token, latent) pairs, shared by the weight gradients of decoder and encoder, the gradient of
+   latent_bias and the record of which latents fired
 4. AuxK: the dead latents' rows are gathered and treated as a small autoencoder of the residual
 
 Called by `topkapi.train`, once a step.
@@ -19,13 +22,40 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from topkapi import loss, ops
+from topkapi import loss
 from topkapi.config import AuxKConfig, LossConfig
 from topkapi.loss import LossTerms
-from topkapi.model import Autoencoder
-from topkapi.ops import SparseRows, reference
+from topkapi.model import Autoencoder, Working
+from topkapi.ops import SparseRows
+from topkapi.ops.auxk import AuxKSums, DeadWeights, auxk_gradients
+from topkapi.ops.dispatch import implementation
 
-DENSE_AUXK_BELOW = 8  # dead latents per auxk up to which dense products win, on 2 cores (docs/LOG.md)
+# Dead latents per auxk up to which dense products win. cpu: measured on 2 cores (docs/LOG.md).
+DENSE_AUXK_BELOW = {"cpu": 8, "cuda": 256}
+PADDING = 64  # dead latents a multiple of this on a GPU: rows of 128 bytes in bf16, as fast products want them
+NEVER = -1e30  # a bias no pre-activation makes up for
+
+
+@dataclass(frozen=True)
+class DeadSubset:
+    """The latents that AuxK trains in one step. Its length is known without asking the device."""
+
+    latents: Int[Tensor, " m"]
+    """Ascending, then n_latents as padding."""
+    dead: Bool[Tensor, " m"]
+    """False for padding, and for latents that have fired since the list was made: they take no part."""
+
+    @classmethod
+    def of(cls, dead: Bool[Tensor, " n_latents"], padding: int | None = None) -> "DeadSubset":
+        """Exactly the latents of a mask. Waits for the device to count them."""
+        multiple = padding or (PADDING if dead.is_cuda else 1)
+        count = int(dead.sum())
+        size = -(-count // multiple) * multiple
+        latents = torch.nonzero_static(dead, size=size, fill_value=len(dead)).flatten()
+        return cls(latents, latents < len(dead))
+
+    def __len__(self) -> int:
+        return len(self.latents)
 
 
 @dataclass
@@ -36,8 +66,10 @@ class WeightGradient:
     sparse: SparseRows | None = None
     dense: Float[Tensor, "n_latents d_model"] | None = None
     subset: Int[Tensor, " m"] | None = None
-    """Ascending latents that `subset_rows` belong to (the dead ones)."""
+    """Ascending latents that `subset_rows` belong to (the dead ones), then n_latents for rows of nobody."""
     subset_rows: Float[Tensor, "m d_model"] | None = None
+    position: Int[Tensor, " n_latents"] | None = None
+    """The inverse of `subset`: a latent's row of `subset_rows`, -1 for none; int32."""
 
     def block(self, start: int, stop: int) -> Float[Tensor, "stop_minus_start d_model"]:
         """Rows start..stop, as a tensor that the caller may overwrite."""
@@ -78,44 +110,70 @@ def topk_step(
     ae: Autoencoder,
     x: Float[Tensor, "n d_model"],
     scale: float,
-    dead: Bool[Tensor, " n_latents"],
+    dead: DeadSubset,
     config: AuxKConfig,
+    working: Working | None = None,
 ) -> Step:
     """Loss, gradients and fired latents of a TopK autoencoder on normalised activations `x`.
 
-    `scale` is `loss.mse_scale` of the run's sample; `dead` marks the latents that AuxK trains.
+    `scale` is `loss.mse_scale` of the run's sample; `dead` holds the latents that AuxK trains; `working` the weights
+    to compute with, those of `ae` themselves by default. Deterministic.
 
     Source: Gao et al. 2024, sections 2.1 to 2.4 and appendix D.2.
     """
-    W_enc, W_dec, pre_bias = ae.W_enc.detach(), ae.W_dec.detach(), ae.pre_bias.detach()
-    values, indices = reference.encode_topk(x, W_enc, ae.latent_bias.detach(), pre_bias, ae.k)
-    error = reference.dense_sparse_matmul(values, indices, W_dec).add_(pre_bias).sub_(x)
-    mse = scale * error.pow(2).mean()
-    grad_recon = error * (2 * scale / max(error.numel(), 1))
+    weights, pre_bias, latent_bias = working or Working.of(ae), ae.pre_bias.detach(), ae.latent_bias.detach()
+    primitives, n_latents, numel = implementation(x), ae.n_latents, max(x.numel(), 1)
+    centred = torch.sub(x, pre_bias, out=torch.empty_like(x, dtype=weights.W_enc.dtype))
+    # reconstruction error is z W_dec - centred, so pre_bias plays no further part
+    values, indices = primitives.encode_topk(centred, weights.W_enc, latent_bias, None, ae.k, weights.screening)
+    decoded = primitives.decode_step(values, indices, weights.W_dec, centred, 2 * scale / numel)
+    mse = decoded.squared_error.sum() * (scale / numel)
 
-    grad_values = reference.matmul_at_sparse_indices(grad_recon, W_dec, indices)
-    order = ops.order_by_latent(indices, ae.n_latents)
-    encoder = ops.encoder_gradients(grad_values, values, indices, order, x, W_enc, pre_bias)
+    order = primitives.order_by_latent(indices, n_latents)
+    grad_latent_bias = primitives.latent_sums(decoded.grad_values, order, n_latents)
+    grad_recon_sum = decoded.grad_recon.sum(0, dtype=mse.dtype)
     gradients = Gradients(
-        W_enc=WeightGradient(ae.n_latents, sparse=encoder.W_enc),
-        W_dec=WeightGradient(ae.n_latents, sparse=SparseRows(values, order, grad_recon)),
-        latent_bias=encoder.latent_bias,
-        pre_bias=grad_recon.sum(0) + encoder.pre_bias,
+        W_enc=WeightGradient(n_latents, sparse=SparseRows(decoded.grad_values, order, centred)),
+        W_dec=WeightGradient(n_latents, sparse=SparseRows(values, order, decoded.grad_recon)),
+        latent_bias=grad_latent_bias,
+        pre_bias=grad_recon_sum - primitives.weighted_row_sum(grad_latent_bias, weights.W_enc),
     )
-    auxk = _add_auxk_(gradients, ae, x, residual=error.neg_(), dead=dead, config=config)
+    auxk = torch.zeros_like(mse)
+    if min(config.auxk, len(dead), len(x)) > 0 and config.coefficient > 0:
+        residual = _Residual(decoded.grad_recon, numel / (2 * scale), grad_recon_sum, decoded.squared_error.sum())
+        auxk = _add_auxk_(gradients, weights, latent_bias, centred, residual, dead, config)
+    fired = primitives.fired(values, order)
+    return Step(LossTerms(mse, auxk, torch.zeros_like(mse)), gradients, fired, (values > 0).sum() / max(len(x), 1))
 
-    fired = torch.zeros(ae.n_latents, dtype=torch.bool, device=x.device)
-    fired[indices[values > 0]] = True
-    l0 = (values > 0).sum() / max(len(x), 1)
-    return Step(LossTerms(mse, auxk, torch.zeros_like(mse)), gradients, fired, l0)
+
+@dataclass(frozen=True)
+class _Residual:
+    """x - recon of a batch, which is kept as the gradient that it is proportional to."""
+
+    grad_recon: Float[Tensor, "n d_model"]
+    inverse_scale: float
+    """residual = -inverse_scale grad_recon"""
+    grad_recon_sum: Float[Tensor, " d_model"]
+    """Over tokens."""
+    squared_error: Float[Tensor, ""]
+    """Sum of the residual's squares."""
+
+    def variance(self) -> Float[Tensor, ""]:
+        """Over the batch, averaged over coordinates; 0 where nothing but rounding is left of it."""
+        square = self.squared_error / self.grad_recon.numel()
+        mean = self.grad_recon_sum * (self.inverse_scale / len(self.grad_recon))
+        variance = square - mean.pow(2).mean()
+        rounding = max(torch.finfo(self.grad_recon.dtype).eps, 16 * torch.finfo(square.dtype).eps)
+        return torch.where(variance > rounding * square, variance, 0)
 
 
 def _add_auxk_(
     gradients: Gradients,
-    ae: Autoencoder,
-    x: Float[Tensor, "n d_model"],
-    residual: Float[Tensor, "n d_model"],
-    dead: Bool[Tensor, " n_latents"],
+    working: Working,
+    latent_bias: Float[Tensor, " n_latents"],
+    centred: Float[Tensor, "n d_model"],
+    residual: _Residual,
+    dead: DeadSubset,
     config: AuxKConfig,
 ) -> Float[Tensor, ""]:
     """Add AuxK's gradients to `gradients` and return its loss term.
@@ -126,56 +184,39 @@ def _add_auxk_(
 
     Source: Gao et al. 2024, appendix A.2.
     """
-    zero = x.new_zeros(())
-    subset = dead.nonzero().flatten()
-    k = min(config.auxk, len(subset))
-    if k == 0 or len(x) == 0 or config.coefficient == 0:
-        return zero
-    W_enc, W_dec = ae.W_enc.detach()[subset], ae.W_dec.detach()[subset]
-    values, indices = reference.encode_topk(x, W_enc, ae.latent_bias.detach()[subset], ae.pre_bias.detach(), k)
-    code = _Code(values, indices, dense_width=len(subset) if len(subset) <= DENSE_AUXK_BELOW * k else 0)
-    auxk_recon = code.decode(W_dec)
-    variance = (residual - residual.mean(0)).pow(2).mean()
-    term = loss.auxk(residual, auxk_recon, config.coefficient)
-    if not (torch.isfinite(term) and variance > 0):
-        return zero
-    grad_recon = (auxk_recon - residual) * (2 * config.coefficient / (x.numel() * variance))
-    grad_pre_acts = code.grad_values(grad_recon, W_dec) * (values > 0)
-    gradients.W_dec.subset = gradients.W_enc.subset = subset
-    gradients.W_dec.subset_rows = code.transposed(values, grad_recon, len(subset))
-    gradients.W_enc.subset_rows = code.transposed(grad_pre_acts, x - ae.pre_bias.detach(), len(subset))
-    gradients.latent_bias.index_add_(0, subset, ops.latent_sums(grad_pre_acts, indices, len(subset)))
-    return term
+    k = min(config.auxk, len(dead))
+    chosen = dead.latents.clamp(max=len(latent_bias) - 1)
+    weights = DeadWeights(
+        W_enc=working.W_enc[chosen],
+        W_dec=working.W_dec[chosen],
+        bias=torch.where(dead.dead, latent_bias[chosen], NEVER),
+        k=k,
+    )
+    numel, variance = centred.numel(), residual.variance()
+    factor = (2 * config.coefficient / numel) / variance
+    dense = len(dead) <= DENSE_AUXK_BELOW[centred.device.type] * k
+    sums = auxk_gradients(weights, centred, residual.grad_recon, residual.inverse_scale, factor, dense=dense)
+    term = sums.squared_error / numel * config.coefficient / variance
+    usable = torch.isfinite(term) & (variance > 0)
+    _add_subset_(gradients, dead.latents, chosen, sums, usable)
+    return torch.where(usable, term, 0)
 
 
-@dataclass(frozen=True)
-class _Code:
-    """A sparse code of the dead latents, multiplied densely when there are few of them and sparsely otherwise."""
-
-    values: Float[Tensor, "n k"]
-    indices: Int[Tensor, "n k"]
-    dense_width: int
-    """Number of dead latents, or 0 for the sparse way."""
-
-    def _scatter(self, values: Float[Tensor, "n k"]) -> Float[Tensor, "n m"]:
-        return values.new_zeros(len(values), self.dense_width).scatter_(1, self.indices, values)
-
-    def decode(self, weight: Float[Tensor, "m d_model"]) -> Float[Tensor, "n d_model"]:
-        if self.dense_width:
-            return self._scatter(self.values) @ weight
-        return reference.dense_sparse_matmul(self.values, self.indices, weight)
-
-    def grad_values(self, grad: Float[Tensor, "n d_model"], weight: Float[Tensor, "m d_model"]) -> Float[Tensor, "n k"]:
-        if self.dense_width:
-            return (grad @ weight.T).gather(1, self.indices)
-        return reference.matmul_at_sparse_indices(grad, weight, self.indices)
-
-    def transposed(
-        self, values: Float[Tensor, "n k"], rows: Float[Tensor, "n d_model"], n_latents: int
-    ) -> Float[Tensor, "m d_model"]:
-        if self.dense_width:
-            return self._scatter(values).T @ rows
-        return SparseRows(values, ops.order_by_latent(self.indices, n_latents), rows).dense()
+def _add_subset_(
+    gradients: Gradients,
+    latents: Int[Tensor, " m"],
+    chosen: Int[Tensor, " m"],
+    sums: AuxKSums,
+    usable: Bool[Tensor, ""],
+) -> None:
+    """Add the gradients of some latents, or zeros where they are not usable; padding has zeros already."""
+    n_latents, device = len(gradients.latent_bias), latents.device
+    position = torch.full((n_latents + 1,), -1, dtype=torch.int32, device=device)
+    position.scatter_(0, latents, torch.arange(len(latents), dtype=torch.int32, device=device))
+    for weight, rows in ((gradients.W_enc, sums.W_enc), (gradients.W_dec, sums.W_dec)):
+        weight.subset, weight.position = latents, position[:n_latents]
+        weight.subset_rows = torch.where(usable, rows, 0)
+    gradients.latent_bias.index_add_(0, chosen, torch.where(usable, sums.latent_bias, 0))
 
 
 def relu_step(ae: Autoencoder, x: Float[Tensor, "n d_model"], scale: float, config: LossConfig) -> Step:

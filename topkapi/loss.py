@@ -26,8 +26,9 @@ class LossTerms:
         return self.normalized_mse + self.auxk + self.l1
 
     def detached(self) -> dict[str, float]:
-        """The terms as numbers, under their names, for the log."""
-        return {f.name: float(getattr(self, f.name).detach()) for f in fields(self)}
+        """The terms as numbers, under their names, for the log; one transfer from the device."""
+        names = [f.name for f in fields(self)]
+        return dict(zip(names, torch.stack([getattr(self, name).detach() for name in names]).tolist(), strict=True))
 
 
 def mse_scale(sample: Float[Tensor, "n d_model"]) -> float:

@@ -1,5 +1,6 @@
 """The autoencoder: four parameters, encoding, decoding, normalisation and initialisation."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -192,6 +193,24 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="topkapi", licen
     def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
         """The README.md that is published beside the weights."""
         return ModelCard(_model_card(self))
+
+
+@dataclass
+class Working:
+    """The weights in the form that a training step computes with; the optimiser keeps them up to date."""
+
+    W_enc: Float[Tensor, "n_latents d_model"]
+    W_dec: Float[Tensor, "n_latents d_model"]
+    screening: Literal["bf16", "fp8"] = "bf16"
+    """Precision in which `ops.encode_topk` looks for candidates on a GPU."""
+
+    @classmethod
+    def of(cls, ae: Autoencoder, precision: Literal["float32", "bf16", "fp8"] = "float32") -> "Working":
+        """bf16 copies of an autoencoder's weights; the weights themselves where they have that dtype already."""
+        W_enc, W_dec = ae.W_enc.detach(), ae.W_dec.detach()
+        if precision != "float32":
+            W_enc, W_dec = W_enc.to(torch.bfloat16), W_dec.to(torch.bfloat16)
+        return cls(W_enc, W_dec, "fp8" if precision == "fp8" else "bf16")
 
 
 def _model_card(ae: Autoencoder) -> str:

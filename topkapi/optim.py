@@ -1,8 +1,13 @@
-"""The optimiser step, a block of latents at a time: project, clip, Adam, unit norm, EMA, in that order.
+"""The optimiser step: project, clip, Adam, unit norm, average and the working copy, in that order.
 
-On a CPU the five passes over a block of rows run while the block is in the processor's cache, and the block's gradient
-is reduced just before, so that no gradient of the weights' size exists; on a GPU one block is the whole weight. With
-clipping the gradient is reduced twice: its norm must be known before the first update.
+The weights' gradients stay in parts until their rows are updated, so that none of the weights' size exists: a block of
+rows at a time on a CPU, while the block is in the processor's cache, and a row at a time in one kernel on a GPU
+(`update_rows_` of the implementation). With clipping the gradients are reduced twice: their norm must be known before
+the first update. Nothing waits for the device.
+
+Low memory. `OptimConfig.state` "low_memory" keeps weights in bf16 and Adam's state of them in 8 bits, rounded at random
+so that small changes count on average (`topkapi.ops.low_memory`). Biases stay float32, and so does the average: with
+`ema_decay` above 0 it takes another 4 bytes a parameter.
 
 Scale. The loss is normalized MSE, so gradients of W_enc and W_dec do not depend on the scale of x, and the paper's
 epsilon (6.25e-10, small beside gradients averaged over a large batch) applies to them unchanged. The paper's code feeds
@@ -20,13 +25,16 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.optim.adam import adam
 
 from topkapi.config import OptimConfig
+from topkapi.errors import TopkapiError
 from topkapi.gradients import Gradients, WeightGradient
-from topkapi.model import PARAMETERS, Autoencoder
+from topkapi.model import PARAMETERS, Autoencoder, Working
+from topkapi.ops import AdamStep, RowGradient, RowState, implementation
+from topkapi.ops.reference import adam_, unit_norm_
 
-BLOCK_ROWS = 1024  # 2.4 MB a tensor at d_model 576: gradient, weight, moments and average fit a 32 MB cache
+WEIGHTS = ("W_enc", "W_dec")
+BIASES = ("latent_bias", "pre_bias")
 
 
 @dataclass
@@ -36,81 +44,89 @@ class Moments:
     mean: Tensor
     square: Tensor
     ema: Tensor | None
+    mean_scale: Tensor | None = None
+    """Scales a row of `mean` and `square` where these are of 8 bits."""
+    square_scale: Tensor | None = None
 
 
 class Optimizer:
-    """Adam with the decoder's norm held, and an exponential moving average of the weights."""
+    """Adam with the decoder's norm held, and an exponential moving average of the weights.
 
-    def __init__(self, ae: Autoencoder, config: OptimConfig) -> None:
+    Keeps the working weights up to date, those of `Working.of(ae)` if none are given. Low-memory state asks for bf16
+    weights, and computes with them.
+
+    Raises:
+        TopkapiError: low-memory state of weights that are not bf16.
+    """
+
+    def __init__(self, ae: Autoencoder, config: OptimConfig, working: Working | None = None) -> None:
         self.config, self.n_steps = config, 0
         self.bias_scale = math.sqrt(max(ae.d_model - 1, 1))
-        self.moments = {
-            name: Moments(
-                torch.zeros_like(parameter, requires_grad=False),
-                torch.zeros_like(parameter, requires_grad=False),
-                torch.zeros_like(parameter, requires_grad=False) if config.ema_decay else None,
+        self.working = working or Working.of(ae)
+        self.moments = {name: self._moments(name, getattr(ae, name).detach()) for name in PARAMETERS}
+
+    def _moments(self, name: str, parameter: Tensor) -> Moments:
+        ema = None
+        if self.config.ema_decay:
+            ema = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+        if name in BIASES or self.config.state == "float32":
+            return Moments(torch.zeros_like(parameter), torch.zeros_like(parameter), ema)
+        if parameter.dtype != torch.bfloat16:
+            raise TopkapiError(
+                f"low-memory optimiser state goes with bfloat16 weights; {name} is {parameter.dtype}. Convert it first "
+                f"(ae.{name}.data = ae.{name}.data.bfloat16()), or take --optim.state float32."
             )
-            for name, parameter in ((name, getattr(ae, name)) for name in PARAMETERS)
-        }
+        codes = [torch.zeros_like(parameter, dtype=dtype) for dtype in (torch.int8, torch.uint8)]
+        scales = [torch.zeros(len(parameter), device=parameter.device) for _ in codes]
+        return Moments(*codes, ema, *scales)
 
     @torch.no_grad()
-    def step_(self, ae: Autoencoder, gradients: Gradients, lr: float) -> float | None:
+    def step_(self, ae: Autoencoder, gradients: Gradients, lr: float) -> Float[Tensor, ""] | None:
         """Update `ae` in place. Returns the global gradient norm before clipping, or None without clipping."""
         self.n_steps += 1
-        norm = self._norm(ae, gradients) if self.config.clip_norm else None
-        scale = 1.0 if norm is None else min(1.0, self.config.clip_norm / max(norm, 1e-30))
-        for start, stop in _blocks(ae):
-            for name in ("W_enc", "W_dec"):
-                grad = self._block(ae, name, getattr(gradients, name), start, stop)
-                if scale != 1:
-                    grad *= scale
-                self._update_(ae, name, slice(start, stop), grad, lr, self.config.eps)
-        for name in ("latent_bias", "pre_bias"):
-            grad = getattr(gradients, name) * scale
-            self._update_(ae, name, slice(None), grad, lr, self.config.eps * self.bias_scale)
+        config, norm, scale = self.config, None, None
+        rows = {name: _row_gradient(getattr(gradients, name)) for name in WEIGHTS}
+        if config.clip_norm:
+            norm = self._norm(ae, gradients, rows)
+            scale = (config.clip_norm / norm.clamp_min(1e-30)).clamp_max(1)
+        for name in WEIGHTS:
+            weight = getattr(ae, name).detach()
+            implementation(weight).update_rows_(self._state(name, weight), rows[name], self._adam_step(name, lr), scale)
+        for name in BIASES:
+            parameter, moments, grad = getattr(ae, name).detach(), self.moments[name], getattr(gradients, name)
+            grad = grad if scale is None else grad * scale
+            adam_(parameter, grad.to(parameter.dtype), moments.mean, moments.square, self._adam_step(name, lr))
+            if moments.ema is not None:
+                moments.ema.lerp_(parameter, 1 - config.ema_decay)
         return norm
 
-    def _block(
-        self, ae: Autoencoder, name: str, gradient: WeightGradient, start: int, stop: int
-    ) -> Float[Tensor, "rows d_model"]:
-        """Rows of a weight's gradient, projected where the decoder's norm is held."""
-        grad = gradient.block(start, stop)
-        if name == "W_dec" and self.config.unit_norm_decoder:
-            rows = ae.W_dec[start:stop]
-            grad.addcmul_((grad * rows).sum(1, keepdim=True), rows, value=-1)
-        return grad
-
-    def _norm(self, ae: Autoencoder, gradients: Gradients) -> float:
-        squares = [gradients.latent_bias.pow(2).sum(), gradients.pre_bias.pow(2).sum()]
-        for start, stop in _blocks(ae):
-            for name in ("W_enc", "W_dec"):
-                block = self._block(ae, name, getattr(gradients, name), start, stop)
-                squares.append(block.pow(2).sum())
-        return float(torch.stack(squares).double().sum().sqrt())
-
-    def _update_(self, ae: Autoencoder, name: str, rows: slice, grad: Tensor, lr: float, eps: float) -> None:
-        parameter, moments, config = getattr(ae, name).data[rows], self.moments[name], self.config
-        step = torch.tensor(float(self.n_steps - 1), device=parameter.device)
-        adam(
-            [parameter],
-            [grad],
-            [moments.mean[rows]],
-            [moments.square[rows]],
-            [],
-            [step],
-            fused=True,
-            amsgrad=False,
+    def _adam_step(self, name: str, lr: float) -> AdamStep:
+        config = self.config
+        return AdamStep(
+            lr=lr,
             beta1=config.beta1,
             beta2=config.beta2,
-            lr=lr,
-            weight_decay=0.0,
-            eps=eps,
-            maximize=False,
+            eps=config.eps * (self.bias_scale if name in BIASES else 1),
+            ema_decay=config.ema_decay,
+            n_steps=self.n_steps,
+            unit_norm=self._is_projected(name),
+            seed=PARAMETERS.index(name),
         )
-        if name == "W_dec" and config.unit_norm_decoder:
-            unit_norm_(parameter)
-        if moments.ema is not None:
-            moments.ema[rows].lerp_(parameter, 1 - config.ema_decay)
+
+    def _is_projected(self, name: str) -> bool:
+        return name == "W_dec" and self.config.unit_norm_decoder
+
+    def _state(self, name: str, weight: Tensor) -> RowState:
+        working = getattr(self.working, name)
+        is_copy = working.data_ptr() != weight.data_ptr()
+        return RowState(weight, **vars(self.moments[name]), working=working if is_copy else None)
+
+    def _norm(self, ae: Autoencoder, gradients: Gradients, rows: dict[str, RowGradient]) -> Float[Tensor, ""]:
+        squares = [getattr(gradients, name).double().pow(2).sum() for name in BIASES]
+        for name in WEIGHTS:
+            weight = getattr(ae, name).detach()
+            squares.append(implementation(weight).gradient_squares(rows[name], weight, self._is_projected(name)))
+        return torch.stack(squares).sum().sqrt()
 
     @torch.no_grad()
     def averaged(self, ae: Autoencoder) -> dict[str, Tensor]:
@@ -132,14 +148,8 @@ class Optimizer:
         """The tensors a checkpoint holds, without copying them."""
         found = {}
         for name, moments in self.moments.items():
-            parts = {"mean": moments.mean, "square": moments.square, "ema": moments.ema}
-            found |= {f"{name}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
+            found |= {f"{name}.{part}": tensor for part, tensor in vars(moments).items() if tensor is not None}
         return found
-
-
-def unit_norm_(rows: Float[Tensor, "n d_model"]) -> None:
-    """Scale each row to unit norm, in place; a row of zeros stays."""
-    rows /= rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
 
 
 def learning_rate(config: OptimConfig, step: int, n_steps: int) -> float:
@@ -149,6 +159,12 @@ def learning_rate(config: OptimConfig, step: int, n_steps: int) -> float:
     return config.lr * rise * fall
 
 
-def _blocks(ae: Autoencoder) -> list[tuple[int, int]]:
-    rows = BLOCK_ROWS if ae.W_enc.device.type == "cpu" else ae.n_latents
-    return [(start, min(start + rows, ae.n_latents)) for start in range(0, ae.n_latents, rows)]
+def _row_gradient(gradient: WeightGradient) -> RowGradient:
+    """A weight's gradient as `update_rows_` takes it, nothing of its size made."""
+    if gradient.sparse is None:
+        return RowGradient(subset_rows=gradient.dense)
+    sparse, position = gradient.sparse, gradient.position
+    if gradient.subset is not None and position is None:
+        position = torch.full((gradient.n_latents,), -1, dtype=torch.int32, device=gradient.subset.device)
+        position[gradient.subset] = torch.arange(len(gradient.subset), dtype=torch.int32, device=position.device)
+    return RowGradient(sparse.values, sparse.order, sparse.rows, gradient.subset_rows, position)

@@ -73,13 +73,35 @@ def test_products_equal_dense_algebra(size: tuple[int, int, int, int], k: int) -
     code = dense(values, indices, n_latents)
     torch.testing.assert_close(ops.dense_sparse_matmul(values, indices, weight), code @ weight)
     torch.testing.assert_close(ops.matmul_at_sparse_indices(x, weight, indices), (x @ weight.T).gather(1, indices))
-    order = ops.order_by_latent(indices, n_latents)
+    order = reference.order_by_latent(indices, n_latents)
     rows = [
-        ops.transposed_dense_sparse_matmul(values.flatten()[order.pairs], order, x, i, min(i + 100, n_latents))
+        reference.transposed_dense_sparse_matmul(values, order, x, i, min(i + 100, n_latents))
         for i in range(0, n_latents, 100)
     ]
     torch.testing.assert_close(torch.cat(rows), code.T @ x)
-    torch.testing.assert_close(ops.latent_sums(values, indices, n_latents), code.sum(0))
+    torch.testing.assert_close(reference.latent_sums(values, order, n_latents), code.sum(0))
+    torch.testing.assert_close(reference.weighted_row_sum(code.sum(0), weight), code.sum(0) @ weight)
+    hits = torch.zeros(n, n_latents).index_put(
+        (torch.arange(n)[:, None].expand(n, k), indices), (values > 0).float(), True
+    )
+    assert torch.equal(reference.fired(values, order), (hits > 0).any(0))
+
+
+@given(sizes, st.integers(0, 5))
+@settings(deadline=None, max_examples=60)
+def test_decode_step_is_the_gradient_of_its_squared_error(size: tuple[int, int, int, int], k: int) -> None:
+    n, n_latents, d_model, seed = size
+    target, weight, _, _ = made(n, n_latents, d_model, seed)
+    generator = torch.Generator().manual_seed(seed)
+    indices = torch.randint(n_latents, (n, k), generator=generator)
+    values = torch.randn(n, k, generator=generator, dtype=torch.float64).relu().requires_grad_()
+    recon = dense(values, indices, n_latents) @ weight
+    squared_error = (recon - target).pow(2).sum(1)
+    step = reference.decode_step(values.detach(), indices, weight, target, 0.6)
+    torch.testing.assert_close(step.squared_error, squared_error.detach())
+    torch.testing.assert_close(step.grad_recon, 0.6 * (recon - target).detach())
+    wanted = torch.autograd.grad(0.3 * squared_error.sum(), values)[0] * (values > 0)
+    torch.testing.assert_close(step.grad_values, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -1,8 +1,11 @@
 """The sparse operations of a TopK autoencoder: the one door to their implementations.
 
 `encode_topk`, `dense_sparse_matmul` and `matmul_at_sparse_indices` are differentiable. The rest are the pieces a
-hand-written training step is made of (`topkapi.gradients`). Functions of tensors only: no module, no settings.
+hand-written training step is made of (`topkapi.gradients`), under `implementation(tensor)`. Functions of tensors only:
+no module, no settings. CUDA tensors go to Triton kernels, others to plain PyTorch (`topkapi.ops.dispatch`).
 """
+
+from typing import Literal
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -10,19 +13,24 @@ from torch import Tensor
 from topkapi.errors import TopkapiError
 from topkapi.ops import autograd
 from topkapi.ops.autograd import EncoderGradients, SparseRows, encoder_gradients
-from topkapi.ops.reference import LatentOrder, latent_sums, order_by_latent, transposed_dense_sparse_matmul
+from topkapi.ops.dispatch import implementation, kernels_only, reference_only
+from topkapi.ops.reference import AdamStep, DecodeStep, LatentOrder, RowGradient, RowState
 
 __all__ = [
+    "AdamStep",
+    "DecodeStep",
     "EncoderGradients",
     "LatentOrder",
+    "RowGradient",
+    "RowState",
     "SparseRows",
     "dense_sparse_matmul",
     "encode_topk",
     "encoder_gradients",
-    "latent_sums",
+    "implementation",
+    "kernels_only",
     "matmul_at_sparse_indices",
-    "order_by_latent",
-    "transposed_dense_sparse_matmul",
+    "reference_only",
 ]
 
 
@@ -32,6 +40,7 @@ def encode_topk(
     latent_bias: Float[Tensor, " n_latents"],
     pre_bias: Float[Tensor, " d_model"],
     k: int,
+    screening: Literal["bf16", "fp8"] = "bf16",
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
     """Values and indices of the k latents with the largest pre-activations of each token, after ReLU.
 
@@ -42,8 +51,11 @@ def encode_topk(
     order; of equal pre-activations at the edge any may be kept, the same ones each time. Differentiable in all
     four tensors. Cost 2 n d_model n_latents flops; pre-activations are made in chunks and never kept.
 
+    On a GPU candidates are found with products in the precision `screening` and then scored from the tensors as given,
+    in float32; see `topkapi.ops.kernels.encode_topk` for when the result is exact. Elsewhere `screening` changes nothing.
+
     Raises:
-        TopkapiError: shapes disagree, or k lies outside [1, n_latents].
+        TopkapiError: shapes disagree, k lies outside [1, n_latents], or another screening.
 
     Source: Gao et al. 2024, section 2.3 and appendix D.2.
     """
@@ -54,7 +66,9 @@ def encode_topk(
         )
     if not 1 <= k <= n_latents:
         raise TopkapiError(f"k must be between 1 and n_latents={n_latents}; got {k}.")
-    return autograd.EncodeTopK.apply(x, W_enc, latent_bias, pre_bias, k)
+    if screening not in ("bf16", "fp8"):
+        raise TopkapiError(f"screening must be bf16 or fp8; got {screening!r}.")
+    return autograd.EncodeTopK.apply(x, W_enc, latent_bias, pre_bias, k, screening)
 
 
 def dense_sparse_matmul(

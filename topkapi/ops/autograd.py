@@ -1,4 +1,4 @@
-"""Backward formulas of the sparse operations, written once over the primitives of `topkapi.ops.reference`.
+"""Backward formulas of the sparse operations, written once over the primitives, whichever implements them.
 
 With P = (x - pre_bias) W_enc^T + latent_bias, z = ReLU(TopK_k(P)), recon = z W_dec + pre_bias, G = dL/drecon:
 
@@ -19,15 +19,14 @@ Source: Gao et al. 2024, appendix D.2.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from topkapi.ops import reference
+from topkapi.ops.dispatch import implementation
 from topkapi.ops.reference import LatentOrder
 
 
@@ -41,15 +40,12 @@ class SparseRows:
 
     def block(self, start: int, stop: int) -> Float[Tensor, "stop_minus_start d_model"]:
         """Rows start..stop of the gradient, as a new tensor."""
-        return reference.transposed_dense_sparse_matmul(self._ordered, self.order, self.rows, start, stop)
+        primitives = implementation(self.rows)
+        return primitives.transposed_dense_sparse_matmul(self.values, self.order, self.rows, start, stop)
 
     def dense(self) -> Float[Tensor, "n_latents d_model"]:
         """The whole gradient."""
         return self.block(0, len(self.order.offsets) - 1)
-
-    @cached_property
-    def _ordered(self) -> Float[Tensor, " pairs"]:
-        return self.values.flatten()[self.order.pairs]
 
 
 class EncoderGradients(NamedTuple):
@@ -63,41 +59,44 @@ class EncoderGradients(NamedTuple):
 def encoder_gradients(
     grad_values: Float[Tensor, "n k"],
     values: Float[Tensor, "n k"],
-    indices: Int[Tensor, "n k"],
     order: LatentOrder,
     x: Float[Tensor, "n d_model"],
     W_enc: Float[Tensor, "n_latents d_model"],
     pre_bias: Float[Tensor, " d_model"],
 ) -> EncoderGradients:
     """Gradients of the encoder from that of the active values; entries whose value is 0 pass none."""
+    primitives = implementation(x)
     grad_pre_acts = grad_values * (values > 0)
-    latent_bias = reference.latent_sums(grad_pre_acts, indices, len(W_enc))
+    latent_bias = primitives.latent_sums(grad_pre_acts, order, len(W_enc))
     rows = SparseRows(grad_pre_acts, order, x - pre_bias)
-    return EncoderGradients(rows, latent_bias, -(latent_bias @ W_enc))
+    return EncoderGradients(rows, latent_bias, -primitives.weighted_row_sum(latent_bias, W_enc))
 
 
 class EncodeTopK(torch.autograd.Function):
     """`topkapi.ops.encode_topk`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W_enc: Tensor, latent_bias: Tensor, pre_bias: Tensor, k: int) -> Any:
-        values, indices = reference.encode_topk(x, W_enc, latent_bias, pre_bias, k)
-        ctx.save_for_backward(x, W_enc, pre_bias, values, indices)
+    def forward(
+        ctx: Any, x: Tensor, W_enc: Tensor, latent_bias: Tensor, pre_bias: Tensor, k: int, screening: str
+    ) -> Any:
+        values, indices = implementation(x).encode_topk(x, W_enc, latent_bias, pre_bias, k, screening)
+        values = values.to(x.dtype)
+        ctx.save_for_backward(x, W_enc, latent_bias, pre_bias, values, indices)
         ctx.mark_non_differentiable(indices)
         return values, indices
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_values: Tensor, _: Tensor) -> Any:
-        x, W_enc, pre_bias, values, indices = ctx.saved_tensors
-        order = reference.order_by_latent(indices, len(W_enc))
-        grads = encoder_gradients(grad_values, values, indices, order, x, W_enc, pre_bias)
+        x, W_enc, latent_bias, pre_bias, values, indices = ctx.saved_tensors
+        order = implementation(x).order_by_latent(indices, len(W_enc))
+        grads = encoder_gradients(grad_values, values, order, x, W_enc, pre_bias)
         grad_x = grad_W = None
         if ctx.needs_input_grad[0]:
-            grad_x = reference.dense_sparse_matmul(grads.W_enc.values, indices, W_enc)
+            grad_x = implementation(x).dense_sparse_matmul(grads.W_enc.values, indices, W_enc).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            grad_W = grads.W_enc.dense()
-        return grad_x, grad_W, grads.latent_bias, grads.pre_bias, None
+            grad_W = grads.W_enc.dense().to(W_enc.dtype)
+        return grad_x, grad_W, grads.latent_bias.to(latent_bias.dtype), grads.pre_bias.to(pre_bias.dtype), None, None
 
 
 class DenseSparseMatmul(torch.autograd.Function):
@@ -106,17 +105,19 @@ class DenseSparseMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(values, indices, weight)
-        return reference.dense_sparse_matmul(values, indices, weight)
+        return implementation(weight).dense_sparse_matmul(values, indices, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         values, indices, weight = ctx.saved_tensors
+        primitives = implementation(weight)
         grad_values = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_values = reference.matmul_at_sparse_indices(grad, weight, indices)
+            grad_values = primitives.matmul_at_sparse_indices(grad, weight, indices).to(values.dtype)
         if ctx.needs_input_grad[2]:
-            grad_weight = SparseRows(values, reference.order_by_latent(indices, len(weight)), grad).dense()
+            order = primitives.order_by_latent(indices, len(weight))
+            grad_weight = SparseRows(values, order, grad).dense().to(weight.dtype)
         return grad_values, None, grad_weight
 
 
@@ -126,15 +127,17 @@ class MatmulAtSparseIndices(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
         ctx.save_for_backward(a, weight, indices)
-        return reference.matmul_at_sparse_indices(a, weight, indices)
+        return implementation(weight).matmul_at_sparse_indices(a, weight, indices)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         a, weight, indices = ctx.saved_tensors
+        primitives = implementation(weight)
         grad_a = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_a = reference.dense_sparse_matmul(grad, indices, weight)
+            grad_a = primitives.dense_sparse_matmul(grad, indices, weight).to(a.dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight = SparseRows(grad, reference.order_by_latent(indices, len(weight)), a).dense()
+            order = primitives.order_by_latent(indices, len(weight))
+            grad_weight = SparseRows(grad, order, a).dense().to(weight.dtype)
         return grad_a, grad_weight, None

@@ -1,0 +1,143 @@
+"""The encode_topk kernels against all pre-activations in float64.
+
+Seen to catch: a cut one key too high, candidates taken without the bound's check, groups numbered without the tile.
+"""
+
+import sys
+
+import pytest
+import torch
+
+from topkapi.ops.kernels.encode_topk import encode_topk, redone
+
+kernel = sys.modules["topkapi.ops.kernels.encode_topk"]  # the package's name is the function's
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make(n: int, n_latents: int, d_model: int, dtype: torch.dtype = torch.float32, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d_model, generator=generator)
+    W_enc = torch.randn(n_latents, d_model, generator=generator) / d_model**0.5
+    latent_bias, pre_bias = torch.randn(n_latents, generator=generator) / 10, torch.randn(d_model, generator=generator)
+    return x.to(DEVICE, dtype), W_enc.to(DEVICE, dtype), latent_bias.to(DEVICE), pre_bias.to(DEVICE, dtype) / 10
+
+
+def pre_activations(x, W_enc, latent_bias, pre_bias):
+    """In float64, from x - pre_bias as the kernels round it."""
+    centred = (x - pre_bias).to(W_enc.dtype).double()
+    return centred @ W_enc.double().T + latent_bias.double()
+
+
+def recall(indices, pre_acts, k: int) -> float:
+    chosen = torch.zeros_like(pre_acts, dtype=torch.bool).scatter_(1, indices, True)
+    return chosen.gather(1, pre_acts.topk(k).indices).double().mean().item()
+
+
+def assert_consistent(values, indices, pre_acts, k: int) -> None:
+    """Distinct latents, and their own values."""
+    assert indices.shape == values.shape == (len(pre_acts), k)
+    assert values.dtype == torch.float32
+    assert all(len(set(row)) == k for row in indices.tolist())
+    torch.testing.assert_close(values.double(), pre_acts.gather(1, indices).relu(), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("n", "n_latents", "d_model", "k"),
+    [(0, 4096, 16, 4), (1, 4096, 16, 1), (5, 4099, 48, 4), (3, 9001, 144, 33)],
+)
+def test_the_largest_are_found(dtype, n, n_latents, d_model, k):
+    tensors = make(n, n_latents, d_model, dtype)
+    values, indices = encode_topk(*tensors, k)
+    pre_acts = pre_activations(*tensors)
+    assert_consistent(values, indices, pre_acts, k)
+    if n:
+        assert redone.counters, "these shapes are screened"
+        expected = pre_acts.topk(k).values.relu()
+        torch.testing.assert_close(values.sort(descending=True).values.double(), expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_fp8_screening_finds_nearly_all(dtype):
+    tensors = make(8, 9001, 144, dtype)
+    values, indices = encode_topk(*tensors, 32, "fp8")
+    pre_acts = pre_activations(*tensors)
+    assert_consistent(values, indices, pre_acts, 32)
+    # The interpreter's conversion to fp8 cuts where a GPU's rounds: three times the error.
+    assert recall(indices, pre_acts, 32) >= (0.999 if DEVICE == "cuda" else 0.96)
+
+
+@pytest.mark.parametrize(
+    ("n", "n_latents", "d_model", "k"),
+    [(4, 1000, 16, 8), (3, 5000, 7, 8), (2, 300, 5, 300), (1, 1, 3, 1), (2, 4096, 16, 100)],
+)
+def test_shapes_that_screening_does_not_suit(n, n_latents, d_model, k):
+    tensors = make(n, n_latents, d_model, torch.bfloat16)
+    values, indices = encode_topk(*tensors, k)
+    assert not redone.counters
+    assert_consistent(values, indices, pre_activations(*tensors), k)
+
+
+def test_ties_without_end_end_with_distinct_latents():
+    x, W_enc, latent_bias, _ = make(3, 4200, 16)
+    values, indices = encode_topk(torch.zeros_like(x), W_enc, torch.zeros_like(latent_bias), None, 5)
+    assert values.eq(0).all()
+    assert all(len(set(row)) == 5 for row in indices.tolist())
+    assert [int(c) for c in redone.counters[0][:2]] == [3, 3], "all rows are redone one by one"
+
+
+def test_duplicate_latents_are_told_apart_by_index():
+    x, W_enc, latent_bias, pre_bias = make(4, 4200, 16, torch.bfloat16)
+    W_enc[3000:3020], latent_bias[3000:3020] = W_enc[10], 20.0
+    values, indices = encode_topk(x, W_enc, latent_bias, pre_bias, 8)
+    assert_consistent(values, indices, pre_activations(x, W_enc, latent_bias, pre_bias), 8)
+    assert indices.sort().values.tolist() == [list(range(3000, 3008))] * 4
+
+
+def test_rows_that_mislead_the_sample_are_redone():
+    x, W_enc, latent_bias, pre_bias = make(6, 4096 * 2, 16, torch.bfloat16)
+    latent_bias[:256] += 20  # the sample holds them all: its bound is far too high for the second tile's rows
+    W_enc[:256] *= 0.01
+    values, indices = encode_topk(x, W_enc, latent_bias, pre_bias, 100)
+    assert int(redone.counters[0][0]) > 0
+    assert_consistent(values, indices, pre_activations(x, W_enc, latent_bias, pre_bias), 100)
+    assert recall(indices, pre_activations(x, W_enc, latent_bias, pre_bias), 100) == 1
+
+
+def test_segments_of_latents_are_merged(monkeypatch):
+    monkeypatch.setattr(kernel, "SEGMENT", 4096)
+    tensors = make(3, 4096 * 2 + 100, 16)
+    values, indices = encode_topk(*tensors, 9)
+    pre_acts = pre_activations(*tensors)
+    assert_consistent(values, indices, pre_acts, 9)
+    assert recall(indices, pre_acts, 9) == 1
+
+
+@pytest.mark.slow
+def test_chunks_of_tokens_change_nothing(monkeypatch):
+    tensors = make(130, 4096, 16)
+    whole = encode_topk(*tensors, 4)
+    monkeypatch.setattr(kernel, "SAMPLE_BYTES", 128 * 2 * 256)
+    parts = encode_topk(*tensors, 4)
+    assert len(redone.counters) == 2
+    assert torch.equal(whole[0], parts[0])
+    assert torch.equal(whole[1], parts[1])
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter's
+def test_numbers_that_are_none_end_in_numbers_that_are_none_or_zero():
+    x, W_enc, latent_bias, pre_bias = make(2, 4096, 16)
+    x[0, 0] = float("nan")
+    values, indices = encode_topk(x, W_enc, latent_bias, pre_bias, 4)
+    assert ((indices >= 0) & (indices < 4096)).all()
+    assert_consistent(values[1:], indices[1:], pre_activations(x, W_enc, latent_bias, pre_bias)[1:], 4)
+
+
+def test_a_view_that_is_not_contiguous_is_read_right():
+    x, W_enc, latent_bias, pre_bias = make(6, 4096, 32)
+    whole = encode_topk(
+        x[::2, ::2].contiguous(), W_enc[:, ::2].contiguous(), latent_bias, pre_bias[:16].contiguous(), 4
+    )
+    views = encode_topk(x[::2, ::2], W_enc[:, ::2], latent_bias, pre_bias[:16], 4)
+    assert torch.equal(whole[0], views[0])
+    assert torch.equal(whole[1], views[1])

@@ -1,0 +1,207 @@
+"""Each sparse kernel is as close to float64 as plain PyTorch in the same dtype, at odd shapes.
+
+Seen to catch: the last block of columns without its mask; a block of sorted pairs counted both as whole and pair by
+pair; whole blocks of a segment found from its first pair instead of the next multiple; partial dots of a group summed
+over rows; the squared error of masked columns taken from what memory held.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from topkapi.errors import TopkapiError
+from topkapi.ops import reference
+
+pytest.importorskip("triton")
+
+from topkapi.ops.kernels import weight_gradients
+from topkapi.ops.kernels.decode_step import decode_step
+from topkapi.ops.kernels.dense_sparse_matmul import dense_sparse_matmul
+from topkapi.ops.kernels.matmul_at_sparse_indices import matmul_at_sparse_indices
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+# n, n_latents, d_model, k
+SHAPES = [(0, 7, 5, 3), (1, 1, 1, 1), (1, 37, 5, 1), (9, 37, 33, 4), (20, 11, 100, 33), (3, 5000, 768, 32)]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned():
+    """Uninitialised memory holds NaN: an element that a kernel skips shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_gradients, "SPLIT", 8)
+
+
+class Code:
+    """A sparse code with zeros, duplicates in a token and a latent that every token has, and what goes with it."""
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+        n, n_latents, d_model, k = shape
+        generator = torch.Generator().manual_seed(sum(shape))
+
+        def draw(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype).to(DEVICE)
+
+        sums = torch.float64 if dtype == torch.float64 else torch.float32
+        self.n_latents = n_latents
+        self.indices = torch.randint(n_latents, (n, k), generator=generator).to(DEVICE)
+        self.indices[:, 0] = n_latents // 2
+        self.values, self.weight, self.rows = draw(n, k, dtype=sums).relu(), draw(n_latents, d_model), draw(n, d_model)
+        self.weights = draw(n_latents, dtype=sums)
+
+
+def assert_as_close(kernel: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
+    """The kernel's error is at most twice that of plain PyTorch, and some roundings of the largest entry."""
+    assert (kernel.dtype, kernel.shape) == (plain.dtype, plain.shape)
+    if kernel.numel() == 0:
+        return
+    error, allowed = (kernel.double() - exact).abs().max(), (plain.double() - exact).abs().max()
+    final = torch.finfo(kernel.dtype).eps  # a bf16 result may be rounded to the neighbour that PyTorch did not take
+    assert error <= 2 * allowed + max(final, 16 * torch.finfo(torch.float64).eps) * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    code = Code(shape, dtype)
+    values, indices, weight, rows = code.values, code.indices, code.weight, code.rows
+    exact = reference.dense_sparse_matmul(values.double(), indices, weight.double())
+    plain = reference.dense_sparse_matmul(values, indices, weight)
+    assert_as_close(dense_sparse_matmul(values, indices, weight), plain, exact)
+    exact = reference.matmul_at_sparse_indices(rows.double(), weight.double(), indices)
+    plain = reference.matmul_at_sparse_indices(rows, weight, indices)
+    assert_as_close(matmul_at_sparse_indices(rows, weight, indices), plain, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_decode_step(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    code = Code(shape, dtype)
+    inputs = (code.values, code.indices, code.weight, code.rows)
+    exact = reference.decode_step(*(x.double() if x.is_floating_point() else x for x in inputs), 0.3)
+    plain = reference.decode_step(*inputs, 0.3)
+    for kernel, by_torch, wanted in zip(decode_step(*inputs, 0.3), plain, exact, strict=True):
+        assert_as_close(kernel, by_torch, wanted)
+
+
+@pytest.mark.parametrize("launch", [{"held": 16}, {"columns": 32, "stages": 1}, {"held": 8, "columns": 256}])
+def test_decode_step_is_the_same_for_other_launch_parameters(launch: dict[str, int]) -> None:
+    code = Code((5, 90, 100, 12), torch.bfloat16)
+    inputs = (code.values, code.indices, code.weight, code.rows, 0.3)
+    for ours, other in zip(decode_step(*inputs), decode_step(*inputs, **launch), strict=True):
+        torch.testing.assert_close(ours.float(), other.float(), rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 7, 5, 3), (1, 1, 1, 1), (9, 37, 33, 4), (50, 300, 5, 8)])
+def test_order(shape: tuple[int, int, int, int]) -> None:
+    code = Code(shape, torch.float32)
+    ours = weight_gradients.order_by_latent(code.indices, code.n_latents)
+    for mine, wanted in zip(ours, reference.order_by_latent(code.indices, code.n_latents), strict=True):
+        assert mine.dtype == torch.int32
+        assert torch.equal(mine.long(), wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES[:4], (50, 11, 100, 3)])
+@pytest.mark.parametrize("columns", [256, 16])
+def test_weight_gradients(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_gradients, "COLUMNS", columns)  # 16: several blocks of columns
+    code = Code(shape, dtype)
+    order = weight_gradients.order_by_latent(code.indices, code.n_latents)
+    start, stop = code.n_latents // 4, code.n_latents
+    exact = reference.transposed_dense_sparse_matmul(code.values.double(), order, code.rows.double(), start, stop)
+    plain = reference.transposed_dense_sparse_matmul(code.values, order, code.rows, start, stop)
+    ours = weight_gradients.transposed_dense_sparse_matmul(code.values, order, code.rows, start, stop)
+    assert_as_close(ours, plain, exact)
+
+
+@pytest.mark.parametrize("n_pairs", range(1, 40))
+def test_every_pair_of_a_segment_is_counted_once(n_pairs: int) -> None:
+    """Segments of any length that begin anywhere in a block of 8; ones, so that sums are counts."""
+    before = n_pairs * 5 % 19
+    indices = torch.tensor([0] * before + [1] * n_pairs + [2] * 3, device=DEVICE)[:, None]
+    values = torch.ones(len(indices), 1, device=DEVICE)
+    order = weight_gradients.order_by_latent(indices, 4)
+    counts = weight_gradients.transposed_dense_sparse_matmul(values, order, torch.ones_like(values), 0, 4)
+    assert counts.flatten().tolist() == [before, n_pairs, 3, 0]
+    assert weight_gradients.latent_sums(values, order, 4).tolist() == [before, n_pairs, 3, 0]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sums_of_latents(shape: tuple[int, int, int, int]) -> None:
+    code = Code(shape, torch.float32)
+    order = weight_gradients.order_by_latent(code.indices, code.n_latents)
+    exact = reference.latent_sums(code.values.double(), order, code.n_latents)
+    plain = reference.latent_sums(code.values, order, code.n_latents)
+    assert_as_close(weight_gradients.latent_sums(code.values, order, code.n_latents), plain, exact)
+    assert torch.equal(weight_gradients.fired(code.values, order), reference.fired(code.values, order))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(0, 5), (1, 1), (37, 33), (400, 300)])
+def test_weighted_row_sum(size: tuple[int, int], dtype: torch.dtype) -> None:
+    code = Code((1, *size, 1) if size[0] else (0, 0, size[1], 1), dtype) if size[0] else None
+    weights, weight = (code.weights, code.weight) if code else (torch.zeros(0), torch.zeros(size, dtype=dtype))
+    weights, weight = weights.to(DEVICE), weight.to(DEVICE)
+    exact = reference.weighted_row_sum(weights.double(), weight.double())
+    plain = reference.weighted_row_sum(weights, weight)
+    assert_as_close(weight_gradients.weighted_row_sum(weights, weight), plain, exact)
+
+
+def all_results(code: Code) -> list[torch.Tensor]:
+    order = weight_gradients.order_by_latent(code.indices, code.n_latents)
+    return [
+        dense_sparse_matmul(code.values, code.indices, code.weight),
+        matmul_at_sparse_indices(code.rows, code.weight, code.indices),
+        *decode_step(code.values, code.indices, code.weight, code.rows, 0.1),
+        weight_gradients.transposed_dense_sparse_matmul(code.values, order, code.rows, 0, code.n_latents),
+        weight_gradients.latent_sums(code.values, order, code.n_latents),
+        weight_gradients.weighted_row_sum(code.weights, code.weight),
+    ]
+
+
+def strided(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers in every second place of memory."""
+    return torch.stack([tensor, tensor], dim=-1)[..., 0]
+
+
+@pytest.mark.parametrize("change", [lambda x: x, strided], ids=["again", "strided"])
+def test_the_same_bits_again_and_from_any_strides(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    code, other = (Code((12, 20, 33, 6), torch.bfloat16) for _ in range(2))
+    for name in ("values", "indices", "weight", "rows", "weights"):
+        setattr(other, name, change(getattr(other, name)))
+    for first, second in zip(all_results(code), all_results(other), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_too_many_active_latents_are_refused() -> None:
+    indices = torch.zeros(1, 4097, dtype=torch.int64, device=DEVICE)
+    values, weight = torch.ones(1, 4097, device=DEVICE), torch.ones(1, 2, device=DEVICE)
+    with pytest.raises(TopkapiError, match="4096"):
+        decode_step(values, indices, weight, torch.ones(1, 2, device=DEVICE), 1.0)
+
+
+@pytest.mark.gpu
+def test_large_shapes_on_a_gpu() -> None:
+    for shape in ((4096, 20_000, 768, 32), (512, 3000, 4096, 64), (300, 5000, 100, 1024)):
+        code = Code(shape, torch.bfloat16)
+        inputs = (code.values, code.indices, code.weight, code.rows)
+        exact = reference.decode_step(*(x.double() if x.is_floating_point() else x for x in inputs), 0.3)
+        for kernel, plain, wanted in zip(
+            decode_step(*inputs, 0.3), reference.decode_step(*inputs, 0.3), exact, strict=True
+        ):
+            assert_as_close(kernel, plain, wanted)
+        order = weight_gradients.order_by_latent(code.indices, code.n_latents)
+        given = (order, code.rows, 0, code.n_latents)
+        wanted = reference.transposed_dense_sparse_matmul(code.values.double(), order, code.rows.double(), 0, shape[1])
+        plain = reference.transposed_dense_sparse_matmul(code.values, *given)
+        assert_as_close(weight_gradients.transposed_dense_sparse_matmul(code.values, *given), plain, wanted)

@@ -1,0 +1,35 @@
+"""The primitives of `topkapi.ops.reference` as Triton kernels, one file an op, for CUDA tensors.
+
+Same names and signatures as the reference. Nothing here records gradients.
+"""
+
+from topkapi.ops.kernels.auxk import mask_selected_, residual_gradient_, select_topk_
+from topkapi.ops.kernels.decode_step import decode_step
+from topkapi.ops.kernels.dense_sparse_matmul import dense_sparse_matmul
+from topkapi.ops.kernels.encode_topk import encode_topk
+from topkapi.ops.kernels.matmul_at_sparse_indices import matmul_at_sparse_indices
+from topkapi.ops.kernels.update_rows import gradient_squares, update_rows_
+from topkapi.ops.kernels.weight_gradients import (
+    fired,
+    latent_sums,
+    order_by_latent,
+    transposed_dense_sparse_matmul,
+    weighted_row_sum,
+)
+
+__all__ = [
+    "decode_step",
+    "dense_sparse_matmul",
+    "encode_topk",
+    "fired",
+    "gradient_squares",
+    "latent_sums",
+    "mask_selected_",
+    "matmul_at_sparse_indices",
+    "order_by_latent",
+    "residual_gradient_",
+    "select_topk_",
+    "transposed_dense_sparse_matmul",
+    "update_rows_",
+    "weighted_row_sum",
+]

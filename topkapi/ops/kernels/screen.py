@@ -1,0 +1,159 @@
+"""The matmul of the encoder, which keeps of each row only the groups of columns that reach the row's bound.
+
+A persistent kernel: one program a multiprocessor walks over tiles of rows and latents, operands come through the tensor
+memory accelerator. Its output goes one of two ways:
+
+- SAMPLE: pre-activations of every EVERY-th tile of latents, as bf16, all of them.
+- otherwise, over the other tiles: a group is the 8 columns 8 i + 2 q + {0, 1}, i in 0..3, of 32 that one thread holds
+  of a row. A group whose maximum reaches the row's bound is appended to the row's list, 16 bytes of values and 4 of its
+  number. Nothing crosses threads but one atomic a row, quarter and tile.
+
+On Hopper values are stored straight from the accumulator's registers; elsewhere Triton moves the tile through shared
+memory first (docs/LOG.md has the difference).
+"""
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+# Stores from the matmul's own register layout, so that nothing moves through shared memory. The 16 values of a thread
+# are a group of each of two rows, 8 apart: registers 0 1 4 5 8 9 12 13 and 2 3 6 7 10 11 14 15.
+# Operands: $4..$19 values, $20..$35 slots (-1: not kept), $36..$51 groups, $52..$67 and $68..$83 the two addresses.
+STORE_GROUPS = tl.constexpr("""{
+    .reg .pred p, r;
+    .reg .b32 a, b, c, d;
+    .reg .b64 to;
+    mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;
+    setp.ge.s32 p, $20, 0;
+    setp.ge.s32 r, $22, 0;
+    @!p bra SECOND;
+    cvt.rn.bf16x2.f32 a, $5, $4;
+    cvt.rn.bf16x2.f32 b, $9, $8;
+    cvt.rn.bf16x2.f32 c, $13, $12;
+    cvt.rn.bf16x2.f32 d, $17, $16;
+    mad.wide.s32 to, $20, 16, $52;
+    st.global.v4.b32 [to], {a, b, c, d};
+    mad.wide.s32 to, $20, 4, $68;
+    st.global.b32 [to], $36;
+SECOND:
+    @!r bra DONE;
+    cvt.rn.bf16x2.f32 a, $7, $6;
+    cvt.rn.bf16x2.f32 b, $11, $10;
+    cvt.rn.bf16x2.f32 c, $15, $14;
+    cvt.rn.bf16x2.f32 d, $19, $18;
+    mad.wide.s32 to, $22, 16, $52;
+    st.global.v4.b32 [to], {a, b, c, d};
+    mad.wide.s32 to, $22, 4, $68;
+    st.global.b32 [to], $38;
+DONE:
+}""")
+ATOMIC_ADD = tl.constexpr("""{
+    .reg .pred p;
+    mov.b32 $0, 0;
+    setp.gt.s32 p, $2, 0;
+    @p atom.relaxed.gpu.global.add.u32 $0, [$1], $2;
+}""")
+
+
+@lru_cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether the matmul's accumulator has the layout that STORE_GROUPS is written for."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@triton.jit
+def screen(
+    x_desc, w_desc, bias_ptr, scale_ptr, counter_ptr, bound_ptr, count_ptr, group_ptr, value_ptr, sample_ptr,
+    n_rows, n_latents, d_model, n_tiles, n_sampled, capacity,
+    SAMPLE: tl.constexpr, SCALED: tl.constexpr, COUNTED: tl.constexpr, INTERPRETED: tl.constexpr,
+    DIRECT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, GM: tl.constexpr, EVERY: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    if COUNTED:
+        n_rows = tl.load(counter_ptr + 2)
+    row_tiles = tl.cdiv(n_rows, BM)
+    latent_tiles = n_sampled if SAMPLE else n_tiles - n_sampled
+    steps = tl.cdiv(d_model, BK)
+    NB: tl.constexpr = BN // 32
+    for tile in tl.range(tl.program_id(0), row_tiles * latent_tiles, PROGRAMS, flatten=True):
+        first = tile // (GM * latent_tiles) * GM
+        height = min(row_tiles - first, GM)
+        row_tile = first + tile % height
+        place = tile % (GM * latent_tiles) // height
+        # of the others, those of the sample are left out
+        latent_tile = place * EVERY if SAMPLE else place + min(place // (EVERY - 1) + 1, n_sampled)
+        acc = tl.zeros((BM, BN), dtype=tl.float32)
+        for step in range(steps):
+            x = x_desc.load([row_tile * BM, step * BK])
+            w = w_desc.load([latent_tile * BN, step * BK])
+            if INTERPRETED:  # Triton's interpreter multiplies the bits of bf16 numbers
+                x, w = x.to(tl.float32), w.to(tl.float32)
+            acc = tl.dot(x, w.T, acc)
+        rows = row_tile * BM + tl.arange(0, BM)
+        latents = latent_tile * BN + tl.arange(0, BN)
+        bias = tl.load(bias_ptr + latents, mask=latents < n_latents, other=float("-inf"))
+        if SCALED:
+            pre_acts = bias[None, :] * tl.load(scale_ptr + rows, mask=rows < n_rows, other=1.0)[:, None] + acc
+        else:
+            pre_acts = acc + bias[None, :]
+        # (row, block of 32, q, 8): a thread holds whole groups, so nothing below crosses threads
+        split = tl.permute(tl.reshape(pre_acts, (BM, NB, 4, 4, 2)), (0, 1, 3, 2, 4))
+        groups = tl.reshape(split, (BM, NB, 4, 8))
+        block = tl.arange(0, NB)[None, :, None]
+        q = tl.arange(0, 4)[None, None, :]
+        if SAMPLE:
+            at = rows.to(tl.int64)[:, None, None] * (n_sampled * BN) + (place * BN + block * 32 + q * 8)
+            inside = (rows < n_rows)[:, None, None] & (block >= 0) & (q >= 0)
+            tl.store(
+                sample_ptr + at[:, :, :, None] + tl.arange(0, 8), groups.to(tl.bfloat16), mask=inside[:, :, :, None]
+            )
+        else:
+            bound = tl.load(bound_ptr + rows, mask=rows < n_rows, other=float("inf"))
+            hit = (tl.max(groups, 3) >= bound[:, None, None]).to(tl.int32)  # (BM, NB, 4)
+            bits = tl.sum(hit << block, 1)  # (BM, 4)
+            n_hits = _bits_set(bits, DIRECT)
+            counts = count_ptr + rows[:, None] + tl.zeros((BM, 4), tl.int32)
+            if DIRECT:
+                base = tl.inline_asm_elementwise(
+                    ATOMIC_ADD, "=r,l,r", [counts.to(tl.int64), n_hits], dtype=tl.int32, is_pure=False, pack=1
+                )
+            else:
+                base = tl.atomic_add(counts, n_hits, mask=n_hits > 0, sem="relaxed")
+            at = base[:, None, :] + _bits_set(bits[:, None, :] & ((1 << block) - 1), DIRECT)
+            keep = (hit > 0) & (at < capacity)
+            at += rows[:, None, None] * capacity
+            number = latent_tile * (BN // 8) + block * 4 + q + tl.zeros((BM, NB, 4), tl.int32)
+            if DIRECT:
+                all8 = tl.zeros((BM, NB, 4, 8), tl.int32)
+                tl.inline_asm_elementwise(
+                    STORE_GROUPS,
+                    "=r,=r,=r,=r" + ",f" * 16 + ",r" * 32 + ",l" * 32,
+                    [
+                        groups,
+                        tl.where(keep, at, -1)[:, :, :, None] + all8,
+                        number[:, :, :, None] + all8,
+                        value_ptr.to(tl.int64) + all8,
+                        group_ptr.to(tl.int64) + all8,
+                    ],
+                    dtype=tl.int8,
+                    is_pure=False,
+                    pack=16,
+                )
+            else:
+                tl.store(group_ptr + at, number, mask=keep)
+                to = (at * 8)[:, :, :, None] + tl.arange(0, 8)
+                tl.store(value_ptr + to, groups.to(tl.bfloat16), mask=keep[:, :, :, None])
+
+
+@triton.jit
+def _bits_set(bits, DIRECT: tl.constexpr):
+    """How many of the lowest 8 bits are set."""
+    if DIRECT:
+        count = tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [bits], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        pairs = bits - ((bits >> 1) & 0x55)
+        fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+        count = (fours + (fours >> 4)) & 0x0F
+    return count

@@ -1,0 +1,326 @@
+"""The fused optimiser: a weight's gradient is reduced, projected, scaled and applied in one pass over its rows.
+
+One program a latent:
+
+1. the row's gradient from the sorted pairs (`weight_gradients`), plus its row of the AuxK subset if it has one
+2. minus its part along the weight's row (decoder), times the clipping factor, which is read from the device
+3. Adam, unit norm (decoder), the average, and the copy that the next step computes with
+
+so that weight, moments, average and copy are read and written once and no gradient is stored. Memory traffic a
+parameter: 26 bytes (weight, mean and square in float32, a bf16 copy), 34 with the average, 8 in low memory; plus the
+gathered rows. Encoder and decoder are separate launches, each gathering from one array of rows: the level-2 cache holds
+half of one at 65 536 tokens of width 768, and state passes by it with the hint to be evicted first.
+
+Where a row needs no sum over all its columns (the encoder in float32) it may also be cut into slices, all latents of
+one slice before those of the next: the slice of the gathered rows then fits the cache.
+
+Low memory is specified by `topkapi.ops.low_memory`; the random numbers here are the same to the bit.
+"""
+
+# ruff: noqa: RUF005 - Triton's language has no unpacking into tuples
+import math
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from topkapi.ops import low_memory
+from topkapi.ops.kernels.weight_gradients import Parts, row_gradient, sum_dtype
+from topkapi.ops.reference import AdamStep, RowGradient, RowState
+
+UPDATE = {"sliced": True, "early": True, "pairs": 4, "stages": 3, "warps": 0}  # warps 0: one a 1 024 columns
+UNIT_NORM = {"early": False}  # what is different where sums over a row are needed
+LOW_MEMORY = {"early": False, "pairs": 4, "stages": 3, "warps": 0}
+SQUARES = {"pairs": 4, "stages": 1, "warps": 0}
+
+
+@torch.no_grad()
+def update_rows_(
+    state: RowState,
+    gradient: RowGradient,
+    step: AdamStep,
+    grad_scale: Float[Tensor, ""] | None = None,
+    **launch: int,
+) -> None:
+    """See `topkapi.ops.reference.update_rows_`. `launch` replaces entries of UPDATE or LOW_MEMORY."""
+    n_latents, d_model = state.weight.shape
+    low = state.mean_scale is not None
+    if not state.weight.numel():
+        return
+    given = (LOW_MEMORY if low else UPDATE | UNIT_NORM if step.unit_norm else UPDATE) | launch
+    early = given.pop("early")
+    if low or step.unit_norm:  # sums over a whole row are needed
+        given["sliced"] = False
+    parts = Parts(gradient, d_model, **given)
+    key = low_memory.key_of(step.seed, step.n_steps)
+    key -= 2**32 if key >= 2**31 else 0  # a kernel's int argument is signed
+    tensors = (state.weight, state.mean, state.square, state.ema, state.working, state.mean_scale, state.square_scale)
+    for tensor in tensors:
+        assert tensor is None or tensor.is_contiguous()
+    _update[(n_latents, parts.slices)](
+        *parts.pointers,
+        grad_scale,
+        *tensors,
+        step.lr / (1 - step.beta1**step.n_steps),
+        step.beta1,
+        step.beta2,
+        step.eps,
+        1 / math.sqrt(1 - step.beta2**step.n_steps),
+        1 - step.ema_decay,
+        key,
+        UNIT_NORM=step.unit_norm,
+        EARLY=early,
+        **parts.constants,
+        **parts.launch,
+    )
+
+
+@torch.no_grad()
+def gradient_squares(
+    gradient: RowGradient, weight: Float[Tensor, "n_latents d_model"], project: bool
+) -> Float[Tensor, ""]:
+    """See `topkapi.ops.reference.gradient_squares`. One number a latent is stored, then they are summed."""
+    n_latents, d_model = weight.shape
+    squares = torch.empty(n_latents, dtype=sum_dtype(weight), device=weight.device)
+    if weight.numel():
+        parts = Parts(gradient, d_model, **SQUARES)
+        _squares[(n_latents,)](
+            *parts.pointers, weight.contiguous(), squares, PROJECT=project, **parts.constants, **parts.launch
+        )
+    return squares.sum(dtype=torch.float64)
+
+
+@triton.jit
+def _projected(acc, weight, TILES: tl.constexpr):
+    """`acc` minus its part along `weight`, whose norm is 1."""
+    along = tl.sum(acc[0] * weight[0], 0)
+    for t in tl.static_range(1, TILES):
+        along += tl.sum(acc[t] * weight[t], 0)
+    out = ()
+    for t in tl.static_range(TILES):
+        out = out + (acc[t] - along * weight[t],)
+    return out
+
+
+@triton.jit
+def _load_row(ptr, offset, column, D: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, dtype: tl.constexpr):
+    """A row as a tuple of TILES blocks; it is read once, so the cache may drop it."""
+    out = ()
+    for t in tl.static_range(TILES):
+        c = column + t * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(ptr + offset + c, mask=c < D, other=0, eviction_policy="evict_first")
+        out = out + (x.to(dtype),)
+    return out
+
+
+@triton.jit
+def _store_row(ptr, offset, column, row, D: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr):
+    for t in tl.static_range(TILES):
+        c = column + t * BLOCK + tl.arange(0, BLOCK)
+        x = row[t]
+        if ptr.dtype.element_ty == tl.bfloat16:
+            x = x.to(tl.float32)  # the interpreter cannot make bf16 of float64
+        tl.store(ptr + offset + c, x.to(ptr.dtype.element_ty), mask=c < D, eviction_policy="evict_first")
+
+
+@triton.jit
+def _mix(x):
+    """See `topkapi.ops.low_memory.mix`; x is uint32."""
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _random_bits(latent, c, key):
+    """See `topkapi.ops.low_memory.random_bits`."""
+    row = _mix(latent.to(tl.uint32) ^ (key.to(tl.uint32) + tl.zeros_like(c).to(tl.uint32)))
+    first = _mix(row + c.to(tl.uint32) * 0x9E3779B9)
+    return first, _mix(first + 0x85EBCA6B)
+
+
+@triton.jit
+def _encode_root(y, root, levels: tl.constexpr, FOURTH: tl.constexpr, random):
+    """y in [0, 1] as the level whose square (or fourth power) is y times that of `levels`, rounded at random.
+
+    `root` is the square (or fourth) root of y. Nothing is divided by: the kernel computes as long as it loads.
+    """
+    low = tl.floor(root * levels)
+    below = low * low
+    above = below + 2 * low + 1
+    top: tl.constexpr = levels * levels
+    if FOURTH:
+        up = random * (above * above - below * below) < y * (1.0 * top * top) - below * below
+    else:
+        up = random * (above - below) < y * top - below
+    return tl.minimum(low + tl.where(up, 1.0, 0.0), levels)
+
+
+@triton.jit
+def _row_max(row, TILES: tl.constexpr):
+    largest = tl.max(tl.abs(row[0]), 0)
+    for t in tl.static_range(1, TILES):
+        largest = tl.maximum(largest, tl.max(tl.abs(row[t]), 0))
+    return largest
+
+
+@triton.jit
+def _load_state(
+    weight_ptr, mean_ptr, square_ptr, mean_scale_ptr, square_scale_ptr, latent, column,
+    D: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Weight, mean and square of a row; in low memory decoded, see `topkapi.ops.low_memory`."""
+    weight = _load_row(weight_ptr, latent * D, column, D, BLOCK, TILES, dtype)
+    mean = _load_row(mean_ptr, latent * D, column, D, BLOCK, TILES, dtype)
+    square = _load_row(square_ptr, latent * D, column, D, BLOCK, TILES, dtype)
+    if mean_scale_ptr is not None:
+        mean_scale = tl.load(mean_scale_ptr + latent)
+        square_scale = tl.load(square_scale_ptr + latent)
+        mean_codes = mean
+        square_codes = square
+        mean = ()
+        square = ()
+        for t in tl.static_range(TILES):
+            root = mean_codes[t] * (1 / 127)
+            mean = mean + (root * tl.abs(root) * mean_scale,)
+            root = square_codes[t] * (1 / 255)
+            square = square + (root * root * (root * root) * square_scale,)
+    return weight, mean, square
+
+
+@triton.jit
+def _store_low_memory(
+    weight_ptr, mean_ptr, square_ptr, mean_scale_ptr, square_scale_ptr, latent, key, weight, mean, square,
+    D: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Weight, mean and square of a row rounded and stored, see `topkapi.ops.low_memory`; the rounded weight."""
+    mean_scale = _row_max(mean, TILES)
+    square_scale = _row_max(square, TILES)
+    tl.store(mean_scale_ptr + latent, mean_scale)
+    tl.store(square_scale_ptr + latent, square_scale)
+    mean_inverse = 1 / tl.maximum(mean_scale, 1e-37)  # a literal below float32's range would make all of this float64
+    square_inverse = 1 / tl.maximum(square_scale, 1e-37)
+    rounded = ()
+    for t in tl.static_range(TILES):
+        c = t * BLOCK + tl.arange(0, BLOCK)
+        in_d = c < D
+        first, second = _random_bits(latent, c, key)
+        words = weight[t].to(tl.uint32, bitcast=True) + (first & 0xFFFF)
+        value = (words & 0xFFFF0000).to(tl.float32, bitcast=True)
+        rounded = rounded + (value,)
+        tl.store(weight_ptr + latent * D + c, value.to(tl.bfloat16), mask=in_d, eviction_policy="evict_first")
+        y = tl.abs(mean[t]) * mean_inverse
+        code = _encode_root(y, tl.sqrt(y), 127, False, ((first >> 16).to(tl.float32) + 0.5) * (1.0 / 65536))
+        code = tl.where(mean[t] < 0, -code, code).to(tl.int8)
+        tl.store(mean_ptr + latent * D + c, code, mask=in_d, eviction_policy="evict_first")
+        y = square[t] * square_inverse
+        code = _encode_root(y, tl.sqrt(tl.sqrt(y)), 255, True, (second >> 8).to(tl.float32) * (1.0 / 16777216))
+        code = tl.where(square[t] > 0, tl.maximum(code, 1.0), 0.0).to(tl.uint8)
+        tl.store(square_ptr + latent * D + c, code, mask=in_d, eviction_policy="evict_first")
+    return rounded
+
+
+@triton.jit
+def _adam(acc, weight, mean, square, rate, beta1, beta2, eps, correction, TILES: tl.constexpr):
+    """The row, mean and square after Adam's step."""
+    w = ()
+    m = ()
+    v = ()
+    for t in tl.static_range(TILES):
+        m_t = beta1 * mean[t] + (1 - beta1) * acc[t]
+        v_t = beta2 * square[t] + (1 - beta2) * acc[t] * acc[t]
+        w = w + (weight[t] - rate * m_t / (tl.sqrt(v_t) * correction + eps),)
+        m = m + (m_t,)
+        v = v + (v_t,)
+    return w, m, v
+
+
+@triton.jit
+def _unit_norm(row, TILES: tl.constexpr):
+    squares = tl.sum(row[0] * row[0], 0)
+    for t in tl.static_range(1, TILES):
+        squares += tl.sum(row[t] * row[t], 0)
+    factor = 1 / tl.sqrt(tl.where(squares > 0, squares, 1.0))  # a row of zeros stays
+    out = ()
+    for t in tl.static_range(TILES):
+        out = out + (row[t] * factor,)
+    return out
+
+
+@triton.jit(do_not_specialize=["key"])
+def _update(
+    values_ptr, pairs_ptr, offsets_ptr, rows_ptr, sums_ptr, subset_ptr, position_ptr, grad_scale_ptr,
+    weight_ptr, mean_ptr, square_ptr, ema_ptr, working_ptr, mean_scale_ptr, square_scale_ptr,
+    rate, beta1, beta2, eps, correction, ema_step, key,
+    UNIT_NORM: tl.constexpr, EARLY: tl.constexpr, D: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    latent = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK * TILES
+    offset = latent * D
+    dtype: tl.constexpr = tl.float64 if weight_ptr.dtype.element_ty == tl.float64 else tl.float32
+    if EARLY:  # under way together with the gradient's loads, for 3 registers a column
+        weight, mean, square = _load_state(
+            weight_ptr, mean_ptr, square_ptr, mean_scale_ptr, square_scale_ptr, latent, column, D, BLOCK, TILES, dtype
+        )
+    acc = row_gradient(
+        values_ptr, pairs_ptr, offsets_ptr, rows_ptr, sums_ptr, subset_ptr, position_ptr, latent, column,
+        D, K, SPLIT, BLOCK, TILES, R, STAGES, dtype,
+    )  # fmt: skip
+    if not EARLY:
+        weight, mean, square = _load_state(
+            weight_ptr, mean_ptr, square_ptr, mean_scale_ptr, square_scale_ptr, latent, column, D, BLOCK, TILES, dtype
+        )
+    if UNIT_NORM:
+        acc = _projected(acc, weight, TILES)
+    if grad_scale_ptr is not None:
+        grad_scale = tl.load(grad_scale_ptr).to(dtype)
+        scaled = ()
+        for t in tl.static_range(TILES):
+            scaled = scaled + (acc[t] * grad_scale,)
+        acc = scaled
+    weight, mean, square = _adam(acc, weight, mean, square, rate, beta1, beta2, eps, correction, TILES)
+    if mean_scale_ptr is None:  # before the norm is known, so that their registers are free
+        _store_row(mean_ptr, offset, column, mean, D, BLOCK, TILES)
+        _store_row(square_ptr, offset, column, square, D, BLOCK, TILES)
+    if UNIT_NORM:
+        weight = _unit_norm(weight, TILES)
+    if mean_scale_ptr is not None:
+        weight = _store_low_memory(
+            weight_ptr, mean_ptr, square_ptr, mean_scale_ptr, square_scale_ptr, latent, key, weight, mean, square,
+            D, BLOCK, TILES,
+        )  # fmt: skip
+    else:
+        _store_row(weight_ptr, offset, column, weight, D, BLOCK, TILES)
+    if working_ptr is not None:
+        _store_row(working_ptr, offset, column, weight, D, BLOCK, TILES)
+    if ema_ptr is not None:
+        ema = _load_row(ema_ptr, offset, column, D, BLOCK, TILES, dtype)
+        averaged = ()
+        for t in tl.static_range(TILES):
+            averaged = averaged + (ema[t] + ema_step * (weight[t] - ema[t]),)
+        _store_row(ema_ptr, offset, column, averaged, D, BLOCK, TILES)
+
+
+@triton.jit
+def _squares(
+    values_ptr, pairs_ptr, offsets_ptr, rows_ptr, sums_ptr, subset_ptr, position_ptr, weight_ptr, out_ptr,
+    PROJECT: tl.constexpr, D: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+    TILES: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    latent = tl.program_id(0).to(tl.int64)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    acc = row_gradient(
+        values_ptr, pairs_ptr, offsets_ptr, rows_ptr, sums_ptr, subset_ptr, position_ptr, latent, 0,
+        D, K, SPLIT, BLOCK, TILES, R, STAGES, dtype,
+    )  # fmt: skip
+    if PROJECT:
+        acc = _projected(acc, _load_row(weight_ptr, latent * D, 0, D, BLOCK, TILES, dtype), TILES)
+    squares = tl.sum(acc[0] * acc[0], 0)
+    for t in tl.static_range(1, TILES):
+        squares += tl.sum(acc[t] * acc[t], 0)
+    tl.store(out_ptr + latent, squares)
