@@ -16,7 +16,9 @@ from tests.command_line import assert_same_run, contents, metrics, one_line, tra
 from tests.data.tiny import make_corpus
 from topkapi import checkpoint
 from topkapi.config import LossConfig, ModelConfig, OptimConfig, to_dict
+from topkapi.data.activations import LiveBlocks
 from topkapi.data.batches import ShuffledBatches
+from topkapi.data.pipeline import BatchesAhead
 from topkapi.errors import TopkapiError
 from topkapi.train import Interrupted, Trainer, load_run, train
 
@@ -165,6 +167,56 @@ def test_live_activations_train_exactly_as_cached_ones(undisturbed, tiny_live_co
     run = tmp_path / "run"
     train([tiny_live_config], [run])
     assert_same_run(run, undisturbed)
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    """Batches are made ready by a thread, as on a GPU."""
+    monkeypatch.setattr("topkapi.train.open_batches", BatchesAhead)
+
+
+def test_batches_made_ahead_train_exactly_alike(undisturbed, tiny_config, tiny_live_config, tmp_path, ahead):
+    for config, stops in ((tiny_config, (7, 13)), (tiny_live_config, (8,))):
+        run = tmp_path / config.data.source
+        for stop in stops:
+            train_until([config], [run], stop, resume=True)
+        train([config], [run], resume=True)
+        assert_same_run(run, undisturbed)
+
+
+def test_stopped_while_a_thread_computes_what_is_awaited(undisturbed, tiny_live_config, tmp_path, monkeypatch, ahead):
+    run, original, blocks = tmp_path / "run", LiveBlocks.harvest, []
+
+    def harvest(self, i, advance):
+        blocks.append(i)
+        if len(blocks) == 3:
+            time.sleep(0.5)  # by now the loop waits
+            os.kill(os.getpid(), signal.SIGINT)
+            while True:
+                time.sleep(0.01)
+                advance(0)
+        return original(self, i, advance)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LiveBlocks, "harvest", harvest)
+        with pytest.raises(Interrupted, match=r"SIGINT: .* saved at step \d+ of 20"):
+            train([tiny_live_config], [run])
+    train([tiny_live_config], [run], resume=True)
+    assert_same_run(run, undisturbed)
+
+
+def test_a_harvest_that_fails_in_the_thread_ends_the_run(tiny_live_config, tmp_path, monkeypatch, ahead):
+    original = LiveBlocks.harvest
+
+    def harvest(self, i, advance):
+        if len(self._counts) == 2:
+            raise TopkapiError("not finite")
+        return original(self, i, advance)
+
+    monkeypatch.setattr(LiveBlocks, "harvest", harvest)
+    with pytest.raises(TopkapiError, match="not finite"):
+        train([tiny_live_config], [tmp_path / "run"])
+    assert len(metrics(tmp_path / "run")) > 5
 
 
 def test_resuming_a_finished_run_changes_nothing(undisturbed, tiny_config, capsys):

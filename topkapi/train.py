@@ -3,6 +3,9 @@
 Each autoencoder has a run folder of its own and is trained exactly as it would be alone: it shares nothing with its
 neighbours but the batches. A run that is stopped, by a signal or by losing power, goes on from its last checkpoint
 and ends with the same weights, bit for bit on CPU.
+
+On a CUDA device the loop only hands out work: batches come from `topkapi.data.pipeline`, and nothing waits for the
+device but a line of metrics and a checkpoint.
 """
 
 import importlib.util
@@ -26,16 +29,19 @@ from topkapi.console import progress, say
 from topkapi.data.activations import CachedBlocks, LiveBlocks
 from topkapi.data.batches import ShuffledBatches
 from topkapi.data.language_model import LanguageModel
+from topkapi.data.pipeline import open_batches
 from topkapi.data.tokens import Splits, tokenize
 from topkapi.dead import DeadCounter
 from topkapi.errors import TopkapiError
 from topkapi.files import lock, remove_leftovers, sha256_json, write_text_atomic
-from topkapi.gradients import Step, relu_step, topk_step
-from topkapi.loss import mse_scale
+from topkapi.gradients import relu_step, topk_step
+from topkapi.loss import LossTerms, mse_scale
 from topkapi.metrics import MetricsLog, require
-from topkapi.model import PARAMETERS, Autoencoder
+from topkapi.model import PARAMETERS, Autoencoder, Working
+from topkapi.ops.normalise import normalise
 from topkapi.optim import Optimizer, learning_rate
 
+WEIGHTS = ("W_enc", "W_dec")
 SAMPLE_TOKENS = 32_768  # for the geometric median, the encoder's scale and the loss's constant
 
 
@@ -62,17 +68,25 @@ class Source(Text):
     blocks: LiveBlocks | CachedBlocks
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """Numbers of the last step, or without one of the parameters alone."""
+
+    metrics: dict[str, float]
+    is_finite: bool
+
+
 class Trainer:
     """One autoencoder in training: parameters, optimiser, dead counter, log and run folder."""
 
     def __init__(
         self, config: TrainConfig, run: Path, source: Source, sample: Float[Tensor, "n d_model"] | None
     ) -> None:
-        """Starts from a sample of raw activations; without one, `load_` must follow."""
+        """Starts from a sample of raw activations; without one, `load_` must follow. The config is a resolved one."""
         self.config, self.run = config, run
         self.source_identity = source.blocks.identity
         model, language_model = config.model, source.language_model
-        self.ae = Autoencoder(
+        ae = Autoencoder(
             d_model=language_model.d_model,
             n_latents=model.n_latents,
             k=model.k,
@@ -81,44 +95,61 @@ class Trainer:
             site=config.language_model.site,
             seed=model.seed,
             training=to_dict(config),
-        ).to(language_model.device)
+        )
+        if config.optim.state == "low_memory":
+            for name in WEIGHTS:  # before the device holds them: float32 would not fit where this is needed
+                getattr(ae, name).data = getattr(ae, name).data.bfloat16()
+        self.ae = ae.to(language_model.device)
         if sample is not None:
-            x = self.ae.normalise(sample.to(language_model.device)).x
+            x = normalise(sample.to(language_model.device), torch.float32)
             self.ae.initialise_(x, model.encoder_scale)
             self.scale = mse_scale(x)
-        self.optimizer = Optimizer(self.ae, config.optim)
+        self.working = Working.of(self.ae, config.precision)
+        self.optimizer = Optimizer(self.ae, config.optim, self.working)
         self.dead = DeadCounter(model.n_latents, language_model.device)
         self.latest: dict[str, float] = {}
-        self._last: Step | None = None
+        self._last: tuple[LossTerms, Tensor] | None = None  # and l0; not the gradients, which would fill memory
+        self._measured: _Measured | None = None
 
     def step_(self, x: Float[Tensor, "n d_model"], step: int) -> None:
         """Train on one batch of normalised activations."""
         config = self.config
         if config.model.activation == "topk":
-            found = topk_step(self.ae, x, self.scale, self.dead.dead(config.auxk.dead_after), config.auxk)
+            subset = self.dead.subset(config.auxk.dead_after, len(x))
+            found = topk_step(self.ae, x, self.scale, subset, config.auxk, self.working)
         else:
             found = relu_step(self.ae, x, self.scale, config.loss)
         self.optimizer.step_(self.ae, found.gradients, learning_rate(config.optim, step, config.n_steps))
         self.dead.count_(found.fired, len(x))
-        self._last = found
+        self._last, self._measured = (found.terms, found.l0), None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What a step reads its activations in."""
+        return self.working.W_enc.dtype
 
     def metrics(self) -> dict[str, float]:
         """The last step's numbers, under the names of metrics.jsonl; those of the checkpoint before the first step."""
         if self._last is not None:
-            dead = self.dead.dead(self.config.auxk.dead_after)
-            self.latest = {
-                **self._last.terms.detached(),
-                "l0": float(self._last.l0),
-                "dead_fraction": float(dead.float().mean()),
-            }
+            self.latest = self._measure().metrics
         return self.latest
+
+    def _measure(self) -> _Measured:
+        """What is known of the last step, brought from the device at once and kept until the next step."""
+        if self._measured is None:
+            named, sums = {}, [getattr(self.ae, name).detach().sum() for name in PARAMETERS]
+            if self._last is not None:
+                (terms, l0), dead = self._last, self.dead.dead(self.config.auxk.dead_after)
+                named = {**vars(terms), "l0": l0, "dead_fraction": dead.float().mean()}
+                sums.append(terms.total())
+            is_finite = torch.stack([value.detach().double() for value in sums]).isfinite().all()
+            *numbers, finite = torch.stack([value.detach().double() for value in (*named.values(), is_finite)]).tolist()
+            self._measured = _Measured(dict(zip(named, numbers, strict=True)), bool(finite))
+        return self._measured
 
     def check_finite(self, step: int) -> None:
         """Raise TopkapiError before a broken state is logged as progress or saved over a good one."""
-        sums = [getattr(self.ae, name).detach().sum() for name in PARAMETERS]
-        if self._last is not None:
-            sums.append(self._last.terms.total())
-        if not torch.stack(sums).isfinite().all():
+        if not self._measure().is_finite:
             saved = checkpoint.steps(self.run)
             kept = f"the checkpoint of step {saved[-1]} is sound" if saved else "no checkpoint was written yet"
             raise TopkapiError(
@@ -149,13 +180,15 @@ class Trainer:
         ours["silent_for"] = self.dead.silent_for
         for name, tensor in ours.items():
             tensor.copy_(saved.tensors[name])
+        for name in WEIGHTS:
+            getattr(self.working, name).copy_(getattr(self.ae, name))
         self.optimizer.n_steps, self.scale = saved.meta["n_steps"], saved.meta["scale"]
-        self.latest, self._last = saved.meta["metrics"], None
+        self.latest, self._last, self._measured = saved.meta["metrics"], None, None
 
     def publish(self, tokens: int) -> None:
         """Write the finished autoencoder, with the averaged weights where there are any, to the run folder."""
         self.ae.summary = {"tokens": tokens, "steps": self.optimizer.n_steps, "last_batch": self.metrics()}
-        weights = {name: tensor.cpu() for name, tensor in self.optimizer.averaged(self.ae).items()}
+        weights = {name: tensor.cpu().float() for name, tensor in self.optimizer.averaged(self.ae).items()}
         write_text_atomic(self.run / published.CARD, str(self.ae.generate_model_card()))
         published.write_published(self.run, weights, self.ae.description())  # config.json last: it says "finished"
 
@@ -185,8 +218,10 @@ def train(configs: Sequence[TrainConfig], runs: Sequence[Path], resume: bool = F
         stop = stack.enter_context(_signals())
         with stop.waiting():  # nothing of the runs changes while the source is opened
             source = open_source(configs[0])
-            configs = [config.resolved(source.language_model.d_model) for config in configs]
-            batches = ShuffledBatches(source.blocks, configs[0].batch_tokens, configs[0].data.seed)
+            device = source.language_model.device
+            configs = [config.resolved(source.language_model.d_model, device.type) for config in configs]
+            batches = open_batches(source.blocks, configs[0].batch_tokens, configs[0].data.seed, device)
+            stack.callback(batches.close)
             saved = checkpoint.load_newest(runs) if resume else None
             sample = batches.sample(SAMPLE_TOKENS) if saved is None else None
         trainers = [Trainer(config, run, source, sample) for config, run in zip(configs, runs, strict=True)]
@@ -217,7 +252,7 @@ def _start(
 def _loop(
     trainers: list[Trainer], batches: ShuffledBatches, step: int, position: dict[str, int], stop: "_Stop"
 ) -> None:
-    config, device = trainers[0].config, trainers[0].ae.W_enc.device
+    config = trainers[0].config
     logs = [MetricsLog(t.run, config.loggers, to_dict(t.config), after_step=step) for t in trainers]
     total = config.n_steps * config.batch_tokens
     try:
@@ -226,13 +261,14 @@ def _loop(
             while step < config.n_steps:
                 with stop.waiting():  # nothing of the state changes while data is awaited
                     raw = next(batches)
-                x = Autoencoder.normalise(raw.to(device)).x
+                x = {dtype: normalise(raw, dtype) for dtype in {trainer.dtype for trainer in trainers}}
                 for trainer in trainers:
-                    trainer.step_(x, step)
+                    trainer.step_(x[trainer.dtype], step)
                 step, position = step + 1, batches.state()
                 tokens = step * config.batch_tokens
                 shown = {}
                 if step % config.log_every == 0 or step == config.n_steps:
+                    _drop_broken(trainers, logs, step)  # waits for the device, so that the rate is of work done
                     rate = (step - first) * config.batch_tokens / (time.monotonic() - started)
                     shown = _log(trainers, logs, step, tokens, rate)
                 meter.advance(config.batch_tokens, **shown)
@@ -286,7 +322,6 @@ def _drop_broken(trainers: list[Trainer], logs: list[MetricsLog], step: int) -> 
 
 def _log(trainers: list[Trainer], logs: list[MetricsLog], step: int, tokens: int, rate: float) -> dict[str, float]:
     """Write a line of metrics for each autoencoder; what to show of the first."""
-    _drop_broken(trainers, logs, step)
     for trainer, log in zip(trainers, logs, strict=True):
         lr = learning_rate(trainer.config.optim, step - 1, trainer.config.n_steps)
         log.write(step=step, tokens=tokens, **trainer.metrics(), lr=lr, tokens_per_second=round(rate, 1))
@@ -294,9 +329,14 @@ def _log(trainers: list[Trainer], logs: list[MetricsLog], step: int, tokens: int
     return {name: first[name] for name in ("normalized_mse", "l0", "dead_fraction")}
 
 
+def device_type(config: TrainConfig) -> str:
+    """cpu or cuda, whichever a config asks for here."""
+    return config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def open_text(config: TrainConfig) -> Text:
     """Language model and tokens of a run; converts and tokenizes what is not in the cache yet."""
-    name = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    name = device_type(config)
     if name == "cuda" and not torch.cuda.is_available():
         raise TopkapiError("--device cuda: no CUDA device here. Leave --device auto, or install a CUDA build of torch.")
     if importlib.util.find_spec("transformers") is None:
@@ -310,6 +350,7 @@ def open_source(config: TrainConfig) -> Source:
     text = open_text(config)
     live = LiveBlocks(text.language_model, text.splits.train, config.data)
     if config.data.source == "live":
+        live.prepare()
         return Source(text.language_model, text.splits, live)
     folder = cache_folder() / "activations" / sha256_json(live.identity)[:16]
     with lock(folder, lambda: say(f"waiting for another process that fills {folder} ...")):
@@ -369,7 +410,7 @@ def _check_run(config: TrainConfig, run: Path, resume: bool) -> None:
         return
     saved = saved_config(run)
     d_model = published.read_config(run)["autoencoder"]["d_model"]
-    if lines := differences(config.resolved(d_model), saved):
+    if lines := differences(config.resolved(d_model, device_type(config)), saved):
         raise TopkapiError(
             f"{run} was started with other settings ({'; '.join(lines)}; given against saved). Resume it as it was: "
             f"topkapi train {run} --resume."

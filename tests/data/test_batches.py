@@ -36,7 +36,7 @@ def rows(batches: ShuffledBatches, n: int) -> list[int]:
     found = []
     for _ in range(n):
         x = next(batches)
-        assert x.dtype == torch.float32
+        assert x.dtype == torch.bfloat16
         assert x.shape == (batches.batch_tokens, 2)
         assert torch.equal(x[:, 0], -x[:, 1])
         found += x[:, 0].int().tolist()

@@ -1,11 +1,13 @@
 """Seen to fail when: resid_post hooks the next layer; the exception is not caught; an output tuple loses its
-tail; `replace` is ignored at an input; the hook stays; missing weights pass."""
+tail; `replace` is ignored at an input; the hook stays; missing weights pass; each compiled layer is compiled anew;
+two threads hook the model at once."""
 
 import json
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
 
@@ -84,6 +86,65 @@ def test_activations_may_enter_a_graph_of_gradients(lm):
     weight = torch.ones(64, requires_grad=True)
     (lm.activations(TOKENS) * weight).sum().backward()
     assert weight.grad is not None
+
+
+@pytest.mark.parametrize("site", ["resid_pre.1", "resid_post.1", "attn_out.1", "mlp_out.0", "resid_pre.0"])
+def test_compiled_layers_change_nothing_and_share_a_graph(folder, site):
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    lm = load(folder, site, batch_contexts=3)
+    tokens = torch.arange(60).reshape(5, 12)
+    plain, logits = lm.activations(tokens[:2]), lm.logits(tokens)
+    before = counters["stats"]["unique_graphs"]
+    lm.compile_(12, backend="eager")
+    layers_run_whole = int(site[-1]) + site.startswith("resid_post")
+    made = counters["stats"]["unique_graphs"] - before
+    assert made == min(layers_run_whole, 1)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(lm.activations(tokens[:2])))
+    thread.start()
+    thread.join()
+    assert torch.equal(found[0], plain), "fewer contexts than batch_contexts"
+    assert torch.equal(lm.activations(tokens[:3])[:2], plain)
+    assert torch.equal(lm.logits(tokens), logits)
+    assert torch.equal(lm.logits(tokens, lambda x: x), logits)
+    assert counters["stats"]["unique_graphs"] - before == made, "compiled again"
+
+
+def test_a_model_that_cannot_be_compiled_runs_as_it_is(llama, monkeypatch, capsys):
+    def broken(*_args, **_named):
+        raise OSError("no C compiler\nand more")
+
+    lm = load(llama)
+    plain = lm.activations(TOKENS)
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
+    lm.compile_(12)
+    said = capsys.readouterr().err
+    assert "could not be compiled (no C compiler); it runs as it is" in said
+    assert said.count("\n") == 1
+    assert torch.equal(lm.activations(TOKENS), plain)
+
+
+def test_threads_do_not_see_each_others_forward_pass(llama):
+    lm = load(llama)
+    expected = lm.activations(TOKENS), lm.logits(TOKENS, torch.zeros_like)
+    wrong = []
+
+    def run(compute, wanted):
+        for _ in range(10):
+            if not torch.equal(compute(), wanted):
+                wrong.append(compute)
+
+    threads = [
+        threading.Thread(target=run, args=(lambda: lm.activations(TOKENS), expected[0])),
+        threading.Thread(target=run, args=(lambda: lm.logits(TOKENS, torch.zeros_like), expected[1])),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 def test_the_fingerprint_is_of_what_the_model_computes(llama, gpt2, tmp_path):

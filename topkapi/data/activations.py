@@ -26,6 +26,7 @@ from topkapi.config import DataConfig
 from topkapi.console import progress
 from topkapi.data.language_model import LanguageModel
 from topkapi.data.tokens import TokenFile
+from topkapi.data.transfer import to_device, to_host
 from topkapi.errors import TopkapiError
 from topkapi.files import read_json, sha256, write_atomic, write_json
 
@@ -104,13 +105,14 @@ def harvest(
     kept = kept_positions(tokens, config, lm.special_ids)
     x = torch.empty(int(kept.sum()), lm.d_model, dtype=torch.bfloat16, device=lm.device)
     row = 0
-    for some, used in zip(tokens.split(lm.batch_contexts), kept.split(lm.batch_contexts), strict=True):
-        rows = lm.activations(some)[used.to(lm.device)]
-        x[row : row + len(rows)] = rows
-        row += len(rows)
+    on_device = to_device(tokens, lm.device)
+    for some, used in zip(on_device.split(lm.batch_contexts), kept.split(lm.batch_contexts), strict=True):
+        where = used.flatten().nonzero().flatten()  # found on the CPU: a mask on the device would have to be waited for
+        x[row : row + len(where)] = lm.activations(some).flatten(0, 1)[to_device(where, lm.device)]
+        row += len(where)
         advance(some.numel())
     starts = torch.from_numpy(np.asarray(context_ids, dtype=np.int64)) * config.context
-    positions = (starts[:, None] + torch.arange(config.context))[kept].to(lm.device)
+    positions = to_device((starts[:, None] + torch.arange(config.context))[kept], lm.device)
     block, n_outliers = _without_outliers(Block(x, positions), lm, config)
     n_first = len(tokens) if config.drop_first_position else 0
     counts = HarvestCounts(
@@ -125,7 +127,7 @@ def harvest(
 def _without_outliers(block: Block, lm: LanguageModel, config: DataConfig) -> tuple[Block, int]:
     """The block without rows of a norm above max_norm_ratio times its median norm, and how many those were."""
     norms = _norms(block.x)
-    if not bool(norms.isfinite().all()):
+    if not bool(to_host(norms.isfinite().all())):
         position = int(block.positions[~norms.isfinite()][0])
         raise TopkapiError(
             f"{lm.name} gives activations that are not finite at {lm.site}, context {position // config.context}, "
@@ -133,8 +135,9 @@ def _without_outliers(block: Block, lm: LanguageModel, config: DataConfig) -> tu
         )
     if config.max_norm_ratio == 0 or len(norms) == 0:
         return block, 0
-    usual = norms <= config.max_norm_ratio * norms.median()
-    return Block(block.x[usual], block.positions[usual]), int((~usual).sum())
+    usual = to_host(norms <= config.max_norm_ratio * norms.median())
+    rows = to_device(usual.nonzero().flatten(), lm.device)
+    return Block(block.x[rows], block.positions[rows]), len(usual) - len(rows)
 
 
 def _norms(x: BFloat16[Tensor, "rows d_model"]) -> Float32[Tensor, " rows"]:
@@ -174,6 +177,13 @@ class LiveBlocks:
             "max_norm_ratio": config.max_norm_ratio,
         }
         self._counts: dict[int, HarvestCounts] = {}
+        self._is_prepared = lm.device.type != "cuda"
+
+    def prepare(self) -> None:
+        """Have the language model compiled on a CUDA device, for those who are going to compute many blocks."""
+        if not self._is_prepared:
+            self.lm.compile_(self.config.context)
+            self._is_prepared = True
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -238,6 +248,7 @@ class CachedBlocks:
                 if entry and path.exists() and sha256(path) == entry["sha256"]:
                     meter.advance(live.config.context * len(live.groups[i]))
                     continue
+                live.prepare()
                 block, counts = live.harvest(i, meter.advance)
                 manifest["blocks"][i] = _write_block(path, block) | {"counts": asdict(counts)}
                 write_json(folder / "manifest.json", manifest)

@@ -3,56 +3,57 @@
 Epoch e visits the blocks in an order drawn from (seed, e), and the rows of a block in an order drawn from
 (seed, e, block). The place in that order is three integers, so that a run resumes exactly without saving any
 activations: only the block in use is read again.
+
+`topkapi.data.pipeline` makes the same batches ready ahead of time for a CUDA device.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import BFloat16, Int64
 from torch import Tensor
 
 from topkapi.data.activations import Blocks
 from topkapi.errors import TopkapiError
 
 
-class _Open(NamedTuple):
-    """The block in memory."""
+@lru_cache(maxsize=4)
+def _order_of_blocks(seed: int, epoch: int, n_blocks: int) -> Int64[np.ndarray, " n_blocks"]:
+    return np.random.default_rng([seed, epoch]).permutation(n_blocks)
 
+
+class Opened(NamedTuple):
+    """A block in memory, and its rows in the order of an epoch."""
+
+    epoch: int
     number: int
-    x: Tensor
+    x: BFloat16[Tensor, "rows d_model"]
+    order: Int64[Tensor, " rows"]
 
 
 class ShuffledBatches:
-    """Iterator without end over float32 (batch_tokens, d_model) batches of raw activations.
+    """Iterator without end over (batch_tokens, d_model) batches of raw activations.
 
     A batch may span blocks and epochs. In memory: one block and the batch. Batches are on the blocks' device.
     """
 
     def __init__(self, blocks: Blocks, batch_tokens: int, seed: int) -> None:
         self.blocks, self.batch_tokens, self.seed = blocks, batch_tokens, seed
-        self._epoch = self._place = self._row = 0
-        self._open: _Open | None = None
+        self._epoch = self._place = self._row = self._n_empty = 0
+        self._open: Opened | None = None
 
     def __iter__(self) -> "ShuffledBatches":
         return self
 
-    def __next__(self) -> Float32[Tensor, "batch_tokens d_model"]:
+    def __next__(self) -> BFloat16[Tensor, "batch_tokens d_model"]:
         pieces: list[Tensor] = []
-        missing, empty = self.batch_tokens, 0
+        missing = self.batch_tokens
         while missing:
-            x, order = self._block(self._epoch, self._place)
-            rows = order[self._row : self._row + missing]
-            pieces.append(x[rows].float())
+            x, rows = self._take(missing)
+            pieces.append(x[rows])
             missing -= len(rows)
-            self._row += len(rows)
-            if self._row >= len(order):
-                self._next_block()
-            empty = 0 if len(rows) else empty + 1
-            if empty == 2 * len(self.blocks):  # so one epoch was empty, wherever it began
-                raise TopkapiError(
-                    "No token of the corpus is kept: relax --data.max-norm-ratio, or set --data.no-drop-special-tokens."
-                )
         return torch.cat(pieces)
 
     def state(self) -> dict[str, int]:
@@ -73,26 +74,50 @@ class ShuffledBatches:
             )
         self._epoch, self._place, self._row = state["epoch"], state["place"], state["row"]
 
-    def sample(self, rows: int) -> Float32[Tensor, "rows_or_fewer d_model"]:
+    def sample(self, rows: int) -> BFloat16[Tensor, "rows_or_fewer d_model"]:
         """Up to `rows` rows from the beginning of epoch 0's first block, without moving on.
 
         That block stays in memory, so that a run which starts there computes it once.
         """
-        x, order = self._block(0, 0)
-        return x[order[:rows]].float()
+        opened = self._opened(0, 0)
+        return opened.x[opened.order[:rows]]
 
-    def _next_block(self) -> None:
-        self._row, self._place = 0, self._place + 1
-        if self._place == len(self.blocks):
-            self._epoch, self._place = self._epoch + 1, 0
+    def close(self) -> None:
+        """Let go of what is in memory; no batch can be had after that."""
+        self._open = None
 
-    def _block(self, epoch: int, place: int) -> tuple[Tensor, Int64[Tensor, " rows"]]:
-        """The block at a place of an epoch's order, and the order of its rows."""
-        order_of_blocks = np.random.default_rng([self.seed, epoch]).permutation(len(self.blocks))
-        number = int(order_of_blocks[place])
-        if self._open is None or self._open.number != number:
+    def _take(self, most: int) -> tuple[BFloat16[Tensor, "rows d_model"], Int64[Tensor, " n"]]:
+        """A block and the numbers of its rows that come next, at most `most` and perhaps none; moves on behind them."""
+        _, _, x, order = self._opened(self._epoch, self._place)
+        rows = order[self._row : self._row + most]
+        self._row += len(rows)
+        if self._row >= len(order):
+            self._row, (self._epoch, self._place) = 0, self._following(self._epoch, self._place)
+        self._n_empty = 0 if len(rows) else self._n_empty + 1
+        if self._n_empty >= 2 * len(self.blocks):  # so one epoch was empty, wherever it began
+            raise TopkapiError(
+                "No token of the corpus is kept: relax --data.max-norm-ratio, or set --data.no-drop-special-tokens."
+            )
+        return x, rows
+
+    def _following(self, epoch: int, place: int) -> tuple[int, int]:
+        return (epoch, place + 1) if place + 1 < len(self.blocks) else (epoch + 1, 0)
+
+    def _number(self, epoch: int, place: int) -> int:
+        """The block at a place of an epoch's order."""
+        return int(_order_of_blocks(self.seed, epoch, len(self.blocks))[place])
+
+    def _order(self, epoch: int, number: int, rows: int) -> Int64[Tensor, " rows"]:
+        """The order of a block's rows in an epoch, on the CPU."""
+        return torch.from_numpy(np.random.default_rng([self.seed, epoch, number]).permutation(rows))
+
+    def _opened(self, epoch: int, place: int) -> Opened:
+        """The block at a place of an epoch's order, read unless it is the one in memory."""
+        number, last = self._number(epoch, place), self._open
+        if last is None or (last.epoch, last.number) != (epoch, number):
             self._open = None  # frees the memory before the next block takes as much
-            self._open = _Open(number, self.blocks[number].x)
-        x = self._open.x
-        order = np.random.default_rng([self.seed, epoch, number]).permutation(len(x))
-        return x, torch.from_numpy(order).to(x.device)
+            x = last.x if last is not None and last.number == number else None
+            del last
+            x = self.blocks[number].x if x is None else x
+            self._open = Opened(epoch, number, x, self._order(epoch, number, len(x)).to(x.device))
+        return self._open

@@ -7,6 +7,8 @@
 2. Load in float32 on CPU (bf16 is several times slower there), bf16 on CUDA.
 3. The layers are the model's first list of modules of length num_hidden_layers; the site is a hook on one of
    them, or on its attention or MLP, found by their usual names.
+4. For training on CUDA, `compile_` has torch.compile fuse the layers that `activations` runs. All layers of a class
+   share one compiled graph; hooks stay outside of it, and `logits` always runs the model as transformers wrote it.
 """
 
 import hashlib
@@ -14,7 +16,9 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from threading import RLock
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +26,9 @@ from jaxtyping import BFloat16, Float, Float32, Int
 from torch import Tensor, nn
 
 from topkapi.config import LanguageModelConfig
+from topkapi.console import say
 from topkapi.data.gguf_models import converted, gguf_in_package
+from topkapi.data.transfer import to_device
 from topkapi.errors import TopkapiError
 from topkapi.files import sha256_json
 
@@ -72,7 +78,10 @@ class LanguageModel:
         self.d_model, self.n_layers = settings.hidden_size, settings.num_hidden_layers
         self.max_context = getattr(settings, "max_position_embeddings", None)
         self.special_ids = _special_ids(tokenizer)
+        self._layers = _find_layers(model, self.n_layers)
         self._module, self._is_input = _find_site(model, config.site, self.n_layers)
+        self._compiled: list[tuple[nn.Module, Callable[..., Any]]] = []
+        self._lock = RLock()  # a hook would see another thread's forward pass
 
     @classmethod
     def load(cls, config: LanguageModelConfig, device: torch.device) -> "LanguageModel":
@@ -93,6 +102,28 @@ class LanguageModel:
         """Where the model computes."""
         return next(self.model.parameters()).device
 
+    def compile_(self, context: int, backend: str = "inductor") -> None:
+        """Compile the layers that `activations` runs, for batch_contexts contexts of this length at a time.
+
+        Costs some ten seconds. Where it fails, says so and changes nothing. Activations differ from those of the
+        uncompiled model by rounding.
+        """
+        n_whole = int(self.site.split(".")[1]) + self.site.startswith("resid_post")  # no hook is inside these
+        layers = self._layers[:n_whole]
+        try:
+            options = _deterministic() if backend == "inductor" else None
+            compiled = partial(torch.compile, dynamic=False, backend=backend, options=options)
+            forwards = {kind: compiled(kind.forward) for kind in {type(layer) for layer in layers}}
+            self._compiled = [(layer, partial(forwards[type(layer)], layer)) for layer in layers]
+            with quiet():
+                self.activations(torch.zeros(self.batch_contexts, context, dtype=torch.int64))
+        except (TopkapiError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of PyTorch's compiler, of Triton, of a missing C compiler ...
+            self._compiled = []
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            say(f"warning: {self.name} could not be compiled ({reason}); it runs as it is, at about half the speed.")
+
     @torch.no_grad()
     def activations(self, tokens: Int[Tensor, "b context"]) -> Float[Tensor, "b context d_model"]:
         """Activations at the site, on the model's device and in its dtype.
@@ -106,11 +137,14 @@ class LanguageModel:
             reached.append(hidden)
             raise _SiteReached
 
-        with self._at_site(keep):
+        n_contexts, tokens = len(tokens), self._checked(tokens)
+        if self._compiled and n_contexts < self.batch_contexts:  # one shape: one graph, and the same bits in any order
+            tokens = nn.functional.pad(tokens, (0, 0, 0, self.batch_contexts - n_contexts))
+        with self._at_site(keep), self._layers_compiled():
             try:
-                self.model.base_model(input_ids=self._checked(tokens), use_cache=False)
+                self.model.base_model(input_ids=tokens, use_cache=False)
             except _SiteReached:
-                return reached[0]
+                return reached[0][:n_contexts]
         raise AssertionError(f"{type(self.model).__name__} never ran {self.site}")
 
     @torch.no_grad()
@@ -128,22 +162,42 @@ class LanguageModel:
                 f"{self.name} sees at most {self.max_context} tokens at once; the context is {tokens.shape[1]}. "
                 "Lower --data.context."
             )
-        return tokens.to(self.device)
+        return to_device(tokens, self.device)
 
     @contextmanager
     def _at_site(self, replace: Replace | None) -> Iterator[None]:
-        if replace is None:
-            yield
-            return
-        hook = _input_hook(replace) if self._is_input else _output_hook(replace)
-        if self._is_input:
-            handle = self._module.register_forward_pre_hook(hook, with_kwargs=True)
-        else:
-            handle = self._module.register_forward_hook(hook)
+        """Within the block forward passes call `replace` at the site; other threads' wait."""
+        with self._lock:
+            if replace is None:
+                yield
+                return
+            hook = _input_hook(replace) if self._is_input else _output_hook(replace)
+            if self._is_input:
+                handle = self._module.register_forward_pre_hook(hook, with_kwargs=True)
+            else:
+                handle = self._module.register_forward_hook(hook)
+            try:
+                yield
+            finally:
+                handle.remove()
+
+    @contextmanager
+    def _layers_compiled(self) -> Iterator[None]:
+        """Within the block the layers below the site run compiled, where `compile_` was called."""
         try:
+            for layer, forward in self._compiled:
+                layer.forward = forward
             yield
         finally:
-            handle.remove()
+            for layer, _ in self._compiled:
+                layer.__dict__.pop("forward", None)
+
+
+def _deterministic() -> dict[str, bool]:
+    """Options of torch.compile that keep it from choosing kernels by timing them, where it has such an option."""
+    from torch._inductor import list_options
+
+    return {"deterministic": True} if "deterministic" in list_options() else {}
 
 
 def _output_hook(replace: Replace) -> Callable[..., Any]:
@@ -232,16 +286,20 @@ def _special_ids(tokenizer: Any) -> set[int]:
     return added | set(tokenizer.all_special_ids)
 
 
+def _find_layers(model: nn.Module, n_layers: int) -> nn.ModuleList:
+    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers)
+    layers = next(lists, None)
+    if layers is None:
+        raise TopkapiError(f"{type(model).__name__} has no list of {n_layers} layers; Topkapi cannot read it.")
+    return layers
+
+
 def _find_site(model: nn.Module, site: str, n_layers: int) -> tuple[nn.Module, bool]:
     """The module that a site hooks, and whether at its input."""
     stream, layer = site.split(".")
     if int(layer) >= n_layers:
         raise TopkapiError(f"Site {site!r}: {type(model).__name__} has layers 0..{n_layers - 1}.")
-    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers)
-    layers = next(lists, None)
-    if layers is None:
-        raise TopkapiError(f"{type(model).__name__} has no list of {n_layers} layers; Topkapi cannot read it.")
-    chosen = layers[int(layer)]
+    chosen = _find_layers(model, n_layers)[int(layer)]
     if stream.startswith("resid"):
         return chosen, stream == "resid_pre"
     children = dict(chosen.named_children())
