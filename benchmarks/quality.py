@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from peers import PEERS, PeerConfig, make_peers
 from torch import Tensor
 
 from topkapi import Autoencoder
+from topkapi.bench.peers import PEERS, PeerConfig, make_peers
 from topkapi.config import AuxKConfig, DataConfig, LanguageModelConfig, ModelConfig, OptimConfig, TrainConfig
 from topkapi.console import progress, say
 from topkapi.data.activations import harvest

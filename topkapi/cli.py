@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 import topkapi
+from topkapi.bench.cases import SUITES, Case
 from topkapi.config import EvalConfig, TrainConfig
 from topkapi.console import say
 from topkapi.errors import TopkapiError
@@ -48,6 +49,42 @@ class Demo:
 
     run: Path = Path("runs/demo")
     """Folder of the run; a finished or interrupted demo there is continued."""
+
+
+@dataclass(kw_only=True)
+class Bench:
+    """Time a training step and its parts on this machine, against what the machine can do at best."""
+
+    case: Annotated[Case, tyro.conf.arg(name="")]
+
+    variants: tuple[str, ...]
+    """Time one case for each: fields joined by commas, as in precision=fp8 or dead=0.05,dense=8; the other fields are
+    as given by the options beside. Named without any: one case, of these options alone."""
+
+    rounds: int = 20
+    """Times that everything is timed at most."""
+
+    seconds: float = 2.0
+    """Time spent on one measurement at most, three rounds aside."""
+
+    peers: bool = False
+    """Time the steps of other projects too, those whose packages are installed."""
+
+    peer_names: tuple[Literal["saelens", "sparsify", "sparsify-adam", "dictionarylearning"], ...] = (
+        "saelens",
+        "sparsify",
+        "dictionarylearning",
+    )
+    """Which, with --peers. sparsify has its default optimiser, a signed gradient, and sparsify-adam Adam."""
+
+    profile: bool = False
+    """See with a profiler where the time of each case's step goes."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto is cuda where there is one."""
+
+    out: Path = Path("runs/bench")
+    """Folder that receives table.md, bench.json and pictures."""
 
 
 def train_command(arguments: Sequence[str]) -> None:
@@ -95,10 +132,41 @@ def demo_command(arguments: Sequence[str]) -> None:
     demo(command.config, command.run)
 
 
+def bench_command(arguments: Sequence[str]) -> None:
+    """topkapi bench [gpu|cpu|tiny] [--option value ...]: time a training step, its parts and other projects' steps."""
+    import torch
+
+    from topkapi.bench import BenchOptions, bench
+
+    on_cuda = torch.cuda.is_available()
+    name, options = ("gpu" if on_cuda else "cpu"), arguments
+    if arguments and not arguments[0].startswith("-"):
+        name, *options = arguments
+    if name not in SUITES:
+        raise TopkapiError(f"no suite {name!r}. Suites: {', '.join(SUITES)}.")
+    suite = SUITES[name]()
+    command = _parse(Bench, f"topkapi bench {name}", options, Bench(case=suite.case, variants=suite.variants))
+    device = ("cuda" if on_cuda else "cpu") if command.device == "auto" else command.device
+    if device == "cuda" and not on_cuda:
+        raise TopkapiError("--device cuda: no CUDA device here. Leave --device auto, or install a CUDA build of torch.")
+    bench(
+        [_variant(command.case, text, f"bench {name}") for text in command.variants] or [command.case],
+        BenchOptions(
+            device=torch.device(device),
+            rounds=command.rounds,
+            seconds=command.seconds,
+            peers=command.peer_names if command.peers else (),
+            profile=command.profile,
+            out=command.out,
+        ),
+    )
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": demo_command,
     "train": train_command,
     "eval": eval_command,
+    "bench": bench_command,
 }
 
 
@@ -159,14 +227,15 @@ def _unboxed(box: str) -> str:
     return f"{' '.join(body[:end]) or title}".rstrip(".") + "."
 
 
-def _variant(config: TrainConfig, text: str) -> TrainConfig:
+def _variant(config: Any, text: str, command: str = "train RECIPE") -> Any:
     """`config` with the fields of a text such as model.k=16,model.seed=1."""
     parts = [part.partition("=") for part in text.split(",")]
     if "/" in text or not all(name and equals for name, equals, _ in parts):
-        raise TopkapiError(f"--variants {text!r}: write FIELD=VALUE, joined by commas, as in model.k=16,model.seed=1.")
+        example = "model.k=16,model.seed=1" if isinstance(config, TrainConfig) else "precision=fp8,dead=0.05"
+        raise TopkapiError(f"--variants {text!r}: write FIELD=VALUE, joined by commas, as in {example}.")
     options = [option for name, _, value in parts for option in (f"--{name}", value)]
     try:
-        return _parse(TrainConfig, "topkapi train RECIPE", options, config, (tyro.conf.FlagConversionOff,))
+        return _parse(type(config), f"topkapi {command}", options, config, (tyro.conf.FlagConversionOff,))
     except TopkapiError as error:
         raise TopkapiError(f"--variants {text!r}: {error}") from None
 

@@ -22,7 +22,7 @@ Two choices are ours, for all of them, and both help them:
 2. Where their default is a warm-up of 1,000 steps it is at most a tenth of the run, so that a short
    run is not spent warming up (dictionary-learning refuses a warm-up as long as the run).
 
-Called by the benchmarks of speed and quality:
+Called by `topkapi bench --peers` and by the benchmark of quality:
 
     peers = make_peers(["saelens", "sparsify"], PeerConfig(d_model=576, ..., sample=x))
 """
@@ -44,6 +44,7 @@ import torch
 from torch import Tensor, nn
 
 from topkapi.console import say
+from topkapi.errors import TopkapiError
 
 # Imported by the peers' modules, used by none of their training steps: streaming text, logging to
 # a web site, and hooking a language model.
@@ -55,7 +56,7 @@ UNUSED = (
     "nnsight",
     "wandb",
 )
-SILENT_BIAS = -1e4  # far below any pre-activation of inputs of norm about sqrt(d_model)
+QUIET = 0.1  # of a latent's usual pre-activation: never among the k largest, and positive half of the time
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -154,10 +155,11 @@ class Peer(ABC):
 
     @abstractmethod
     def silence(self, latents: Tensor) -> None:
-        """Make these latents dead, and keep them silent, to time a step that has dead latents.
+        """Make these latents dead, to time a step that has dead latents.
 
-        Sets their encoder biases to -10,000 and their counters beyond the limit; then training is
-        no longer meaningful.
+        Scales their encoder rows by QUIET and sets their counters beyond the limit. AuxK still finds
+        positive pre-activations among them, as it does in real runs. They stay dead as long as the
+        learning rate is so small that nothing changes.
         """
 
     @property
@@ -172,7 +174,7 @@ def make_peers(names: Sequence[str], config: PeerConfig) -> list[Peer]:
     """
     unknown = sorted(set(names) - set(PEERS))
     if unknown:
-        raise ValueError(f"no peer is called {', '.join(unknown)}; there are {', '.join(PEERS)}")
+        raise TopkapiError(f"no peer is called {', '.join(unknown)}; there are {', '.join(PEERS)}.")
     peers = []
     for name in names:
         kind = PEERS[name]
@@ -268,7 +270,7 @@ class SaeLens(Peer):
         return self.trainer.dead_neurons
 
     def silence(self, latents: Tensor) -> None:
-        self.sae.b_enc.data[latents] = SILENT_BIAS
+        self.sae.W_enc.data[:, latents] *= QUIET
         window = self.trainer.cfg.dead_feature_window
         self.trainer.n_forward_passes_since_fired[latents] = window + 1
 
@@ -353,7 +355,7 @@ class DictionaryLearning(Peer):
         return self.trainer.num_tokens_since_fired >= self.trainer.dead_feature_threshold
 
     def silence(self, latents: Tensor) -> None:
-        self.trainer.ae.encoder.bias.data[latents] = SILENT_BIAS
+        self.trainer.ae.encoder.weight.data[latents] *= QUIET
         self.trainer.num_tokens_since_fired[latents] = self.trainer.dead_feature_threshold + 1
 
 
@@ -468,7 +470,7 @@ class Sparsify(Peer):
         return self.silent_for > self.config.dead_feature_threshold
 
     def silence(self, latents: Tensor) -> None:
-        self.coder.encoder.bias.data[latents] = SILENT_BIAS
+        self.coder.encoder.weight.data[latents] *= QUIET
         self.silent_for[latents] = self.config.dead_feature_threshold + 1
 
     @contextmanager
