@@ -36,11 +36,13 @@ from topkapi.config import AuxKConfig, DataConfig, EvalConfig, LanguageModelConf
 from topkapi.console import say
 from topkapi.data.pipeline import open_batches
 from topkapi.demo import evaluate_run
+from topkapi.ops import implementation
 from topkapi.ops.normalise import normalise
 from topkapi.published import CONFIG, commit
 from topkapi.recipes import SHORT_RUN
 from topkapi.train import Source, Trainer, load_run, open_source, train
 
+RECALL_TOKENS = 8_192
 WARM_UP = 6  # steps; kernels are compiled and memory is allocated
 ROUNDS = 5  # of which the median is reported
 MEASURES = ("normalized_mse", "l0", "dead_fraction", "loss_recovered", "ce_clean", "ce_spliced", "kl", "n_tokens")
@@ -145,15 +147,41 @@ def density(run: Path, source: Source) -> Tensor:
     return (counts / n_tokens).cpu()
 
 
+def recall(run: Path, source: Source) -> dict[str, float]:
+    """Share of each token's k largest pre-activations in float32 that `encode_topk` finds, on real activations.
+
+    By what it is given (float32 weights and activations, or both rounded to bf16) and how it screens. "same" compares
+    with float32 sums of the operands as given, "float32" with those of the operands before rounding.
+    """
+    ae = load_run(run)[0].to(source.language_model.device)
+    x = normalise(source.blocks[0].x[:RECALL_TOKENS], torch.float32)
+    centred, W_enc, bias = x - ae.pre_bias.detach(), ae.W_enc.detach(), ae.latent_bias.detach()
+    encode, found = implementation(x).encode_topk, {}
+    for dtype, screening in itertools.product((torch.float32, torch.bfloat16), ("bf16", "fp8")):
+        given = centred.to(dtype), W_enc.to(dtype)
+        _, indices = encode(*given, bias, None, ae.k, screening)
+        for name, (rows, weight) in {"same": given, "float32": (centred, W_enc)}.items():
+            hits = 0
+            for some, chosen in zip(rows.split(1024), indices.split(1024), strict=True):
+                pre_acts = torch.addmm(bias, some.float(), weight.float().T)
+                marked = torch.zeros_like(pre_acts, dtype=torch.bool).scatter_(1, chosen, True)
+                hits += int(marked.gather(1, pre_acts.topk(ae.k).indices).sum())
+            found[f"{str(dtype)[6:]}, {screening} screening, {name}"] = hits / indices.numel()
+    return found
+
+
 def quality(config: TrainConfig, options: argparse.Namespace) -> dict[str, Any]:
-    """Train with AuxK and without, on the same batches, and measure both."""
+    """Train with AuxK and without, on the same batches, and measure both; on a GPU with fp8 screening too."""
     runs = [options.out / "auxk", options.out / "without-auxk"]
     configs = [config, replace(config, auxk=replace(config.auxk, auxk=0))]
     started = time.perf_counter()
     train(configs, runs, resume=(runs[0] / CONFIG).exists())
-    seconds = time.perf_counter() - started
-    found: dict[str, Any] = {"seconds": seconds, "runs": {}}
+    found: dict[str, Any] = {"seconds": time.perf_counter() - started, "runs": {}}
+    if options.device == "cuda":
+        runs.append(options.out / "auxk-fp8")
+        train([replace(config, precision="fp8")], runs[-1:], resume=(runs[-1] / CONFIG).exists())
     source = open_source(config)
+    found["recall"] = recall(runs[0], source)
     densities = [density(run, source) for run in runs]
     for run, share in zip(runs, densities, strict=True):
         last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
@@ -205,6 +233,8 @@ def quality_table(found: dict[str, Any]) -> str:
             f" With it {found['of_them_firing_with_auxk']:.1%} of the same latents fire more often, on "
             f"{found['their_median_density_with_auxk']:.2e} of tokens in the median."
         )
+    shares = "\n".join(f"| {name} | {share:.5f} |" for name, share in found["recall"].items())
+    text += f"\n\n| recall: operands, screening, compared with | share |\n|---|---|\n{shares}"
     return "\n".join(lines) + text
 
 

@@ -116,6 +116,7 @@ def trained(precision: str, auxk: int = 32) -> tuple[Autoencoder, DeadCounter]:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8", "float32"])
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_steps_do_not_wait_and_repeat_bit_for_bit(precision: str) -> None:
     (one, first), (other, second) = trained(precision), trained(precision)
     for name in PARAMETERS:

@@ -95,6 +95,7 @@ def test_step_equals_dense_autograd(
 @pytest.mark.parametrize("n_dead", [0, 3, 20, N_LATENTS])
 @pytest.mark.parametrize("dense_below", [0, 1000])
 def test_step_by_kernels_equals_dense_autograd(n_dead: int, dense_below: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
     monkeypatch.setitem(module.DENSE_AUXK_BELOW, "cpu", dense_below)
     ae, x = made()
     x = x[:FEW]
@@ -116,6 +117,7 @@ def parts(step: Step) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("n_dead", [0, 3, 20])
 def test_bf16_kernels_are_as_exact_as_bf16_pytorch(n_dead: int) -> None:
+    pytest.importorskip("triton")
     ae, x = made()
     ae, x = ae.float(), x[:FEW].bfloat16()
     dead = dead_latents(n_dead)

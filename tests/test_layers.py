@@ -43,7 +43,7 @@ WALLS = {
 OWN_ATTRIBUTES = ("topkapi.__doc__", "topkapi.__file__", "topkapi.__version__")  # known before any import is done
 
 LONGEST_FUNCTION = 60  # lines
-LONGEST_KERNEL = 90  # a kernel cannot be cut at will: what it holds in registers would go through memory
+LONGEST_KERNEL = 100  # a kernel cannot be cut at will: what it holds in registers would go through memory
 
 
 def room_of(path: str) -> str:
@@ -129,7 +129,7 @@ def test_every_module_keeps_the_rules():
         ("train.py", "import tyro", "imports tyro"),
         ("surprise.py", "", "room 'surprise' has no layer"),
         ("train.py", "def f():\n" + "    pass\n" * 60, "f has 61 lines"),
-        ("ops/kernels/x.py", "import triton\n@triton.jit\ndef f():\n" + "    pass\n" * 90, "f has 91 lines"),
+        ("ops/kernels/x.py", "import triton\n@triton.jit\ndef f():\n" + "    pass\n" * 100, "f has 101 lines"),
     ],
 )
 def test_a_violation_is_named(path, source, expected):

@@ -1,7 +1,7 @@
 """The optimiser: torch's Adam on projected gradients, in blocks, then unit norm, the average and the working copy.
 
 Seen to catch: projection after Adam; the average taken before unit norm; clipping by a norm that misses the biases;
-bias correction with the step after instead of this one; a working copy made before unit norm.
+bias correction with the step after instead of this one; a working copy that is not the weight's.
 """
 
 import math

@@ -180,6 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(topkapi.__version__)
         return 0
     name, *rest = arguments
+    from torch import OutOfMemoryError
+
     from topkapi.train import Interrupted
 
     try:
@@ -188,6 +190,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         COMMANDS[name](rest)
     except TopkapiError as error:
         say(f"topkapi: {error}")
+        return 2
+    except OutOfMemoryError:
+        say("topkapi: out of GPU memory. Lower --batch-tokens, or see docs/performance.md for what takes less.")
         return 2
     except BrokenPipeError:  # whoever read our output has seen enough
         sys.stderr.close()

@@ -15,6 +15,7 @@ from topkapi.console import say
 from topkapi.errors import TopkapiError
 from topkapi.files import write_text_atomic
 from topkapi.geometric_median import geometric_median
+from topkapi.ops.normalise import normalised
 
 DENSE_ELEMENTS = 2**25  # latents of a ReLU autoencoder in memory at a time
 PARAMETERS = ("W_enc", "W_dec", "latent_bias", "pre_bias")
@@ -102,10 +103,7 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="topkapi", licen
 
         Source: Gao et al. 2024, section 2.1.
         """
-        mean = raw.mean(-1, keepdim=True)
-        centred = raw - mean
-        norm = centred.norm(dim=-1, keepdim=True)
-        return Normalised(centred / norm.clamp_min(torch.finfo(raw.dtype).tiny), mean, norm)
+        return Normalised(*normalised(raw))
 
     @staticmethod
     def denormalise(

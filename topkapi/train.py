@@ -205,6 +205,8 @@ def train(configs: Sequence[TrainConfig], runs: Sequence[Path], resume: bool = F
         Interrupted: SIGINT or SIGTERM came; checkpoints are written.
     """
     _check_agreement(configs, runs)
+    for config in configs:
+        config.resolved(1, device_type(config))  # what the device cannot do is said before a language model is loaded
     require(configs[0].loggers)
     with ExitStack() as stack:
         for config, run in zip(configs, runs, strict=True):

@@ -10,6 +10,9 @@ import torch
 
 from topkapi.errors import TopkapiError
 from topkapi.ops import reference
+
+pytest.importorskip("triton")
+
 from topkapi.ops.kernels import auxk as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

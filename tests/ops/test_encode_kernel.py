@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
 from topkapi.ops.kernels.encode_topk import encode_topk, redone
 
 kernel = sys.modules["topkapi.ops.kernels.encode_topk"]  # the package's name is the function's

@@ -1,8 +1,7 @@
 """Each sparse kernel is as close to float64 as plain PyTorch in the same dtype, at odd shapes.
 
-Seen to catch: the last block of columns without its mask; a block of sorted pairs counted both as whole and pair by
-pair; whole blocks of a segment found from its first pair instead of the next multiple; partial dots of a group summed
-over rows; the squared error of masked columns taken from what memory held.
+Seen to catch: columns read beyond the last; the last column not written; a block of sorted pairs counted both as whole
+and pair by pair, or not at all; blocks of a segment counted from its first pair; the squared error against the target.
 """
 
 from collections.abc import Callable

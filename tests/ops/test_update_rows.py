@@ -1,7 +1,7 @@
 """The fused optimiser kernel does what the plain one does, and low memory follows float32.
 
-Seen to catch: the projection taken with the row after its update; the AuxK row added for latents without one; the
-average of the row before unit norm; bits of the weight reused for the square; the clipping factor squared.
+Seen to catch: no projection; the first AuxK row added for latents without one; the average of the row before unit norm;
+the weight rounded with the square's random bits; the clipping factor squared; squares of low memory that become 0.
 """
 
 from copy import deepcopy
@@ -56,7 +56,8 @@ def gradient(d_model: int, seed: int, parts: str, dtype: torch.dtype = torch.flo
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=generator, dtype=dtype).to(DEVICE)
+        sizes = 10.0 ** -(torch.arange(size[-1]) % 7)  # squares so small that their share of a row's largest is lost
+        return (torch.randn(size, generator=generator, dtype=dtype) * sizes).to(DEVICE)
 
     if parts == "dense":
         return RowGradient(subset_rows=draw(N_LATENTS, d_model))

@@ -51,14 +51,14 @@ def bench(cases: Sequence[Case], options: BenchOptions) -> dict[str, Any]:
     found = {"about": report.about(options), "cases": [], "peers": []}
     for case in dict.fromkeys(_resolved(case, options.device) for case in cases):
         key = (case.shape, case.precision == "float32")
-        if key not in known:
-            known[key] = ceilings(case.batch_tokens, case.n_latents, case.d_model, case.precision, options.device)
-        if case.precision not in known[key].matmul:
-            if len(cases) == 1:
-                raise TopkapiError(f"--precision {case.precision}: this device has no such matmul at {case.shape}.")
-            say(f"left out, as this device has no {case.precision} matmul at that shape: {case.shape}")
-            continue
         try:
+            if key not in known:
+                known[key] = ceilings(case.batch_tokens, case.n_latents, case.d_model, case.precision, options.device)
+            if case.precision not in known[key].matmul:
+                if len(cases) == 1:
+                    raise TopkapiError(f"--precision {case.precision}: this device has no such matmul at {case.shape}.")
+                say(f"left out, as this device has no {case.precision} matmul at that shape: {case.shape}")
+                continue
             record = time_case(case, known[key], options)
         except torch.cuda.OutOfMemoryError:
             if len(cases) == 1:

@@ -19,7 +19,7 @@ from torch import Tensor
 from topkapi.bench.cases import Case
 from topkapi.config import AuxKConfig, ModelConfig, OptimConfig, TrainConfig
 from topkapi.dead import DeadCounter
-from topkapi.gradients import DENSE_AUXK_BELOW, DeadSubset, Step, topk_step
+from topkapi.gradients import DENSE_AUXK_BELOW, NEVER, DeadSubset, Step, topk_step
 from topkapi.loss import mse_scale
 from topkapi.model import Autoencoder, Working
 from topkapi.ops import reference
@@ -205,14 +205,16 @@ class Workload:
         self, centred: Float[Tensor, "n d_model"], grad_recon: Float[Tensor, "n d_model"], inverse_scale: float
     ) -> Part:
         """AuxK of the dead latents: five dense products, or one where the others are sparse."""
-        dead, auxk = self.planted.dead, self.config.auxk.auxk
-        W_enc, W_dec, bias = self.working.W_enc[dead], self.working.W_dec[dead], self.ae.latent_bias.detach()[dead]
-        weights = DeadWeights(W_enc, W_dec, bias, k=min(auxk, len(dead)))
+        n_dead, subset = len(self.planted.dead), self._subset()
+        dead = subset.latents.clamp(max=self.case.n_latents - 1)  # padded as in a step
+        bias = torch.where(subset.dead, self.ae.latent_bias.detach()[dead], NEVER)
+        k = min(self.config.auxk.auxk, n_dead)
+        weights = DeadWeights(self.working.W_enc[dead], self.working.W_dec[dead], bias, k=k)
         factor = torch.tensor(1e-6, device=self.device)
         dense = len(dead) <= DENSE_AUXK_BELOW[self.device.type] * weights.k
-        product = 2 * centred.numel() * len(dead)
+        product = 2 * centred.numel() * n_dead
         return Part(
-            f"AuxK, {len(dead):,} dead latents",
+            f"AuxK, {n_dead:,} dead latents",
             lambda: auxk_gradients(weights, centred, grad_recon, inverse_scale, factor, dense=dense),
             flops=(5 if dense else 1) * product,
             precision="" if centred.dtype == torch.float32 else "bf16",
@@ -220,9 +222,8 @@ class Workload:
 
     def encode(self, centred: Float[Tensor, "n d_model"]) -> tuple[Tensor, Tensor]:
         """Values and indices of activations whose pre_bias is subtracted already."""
-        zero = torch.zeros_like(self.ae.pre_bias.detach())
         bias, working = self.ae.latent_bias.detach(), self.working
-        return implementation(centred).encode_topk(centred, working.W_enc, bias, zero, self.case.k, working.screening)
+        return implementation(centred).encode_topk(centred, working.W_enc, bias, None, self.case.k, working.screening)
 
     def _state_bytes(self) -> int:
         """Bytes a parameter that an update reads and writes: weight, two moments and the working copy."""

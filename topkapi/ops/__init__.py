@@ -52,7 +52,7 @@ def encode_topk(
     four tensors. Cost 2 n d_model n_latents flops; pre-activations are made in chunks and never kept.
 
     On a GPU candidates are found with products in the precision `screening` and then scored from the tensors as given,
-    in float32; see `topkapi.ops.kernels.encode_topk` for when the result is exact. Elsewhere `screening` changes nothing.
+    in float32; `topkapi.ops.kernels.encode_topk` says when the result is exact. Elsewhere `screening` changes nothing.
 
     Raises:
         TopkapiError: shapes disagree, k lies outside [1, n_latents], or another screening.

@@ -79,7 +79,8 @@ class EncodeTopK(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, W_enc: Tensor, latent_bias: Tensor, pre_bias: Tensor, k: int, screening: str
     ) -> Any:
-        values, indices = implementation(x).encode_topk(x, W_enc, latent_bias, pre_bias, k, screening)
+        with torch.cuda.device_of(x):  # kernels are launched on the current device
+            values, indices = implementation(x).encode_topk(x, W_enc, latent_bias, pre_bias, k, screening)
         values = values.to(x.dtype)
         ctx.save_for_backward(x, W_enc, latent_bias, pre_bias, values, indices)
         ctx.mark_non_differentiable(indices)
@@ -105,7 +106,8 @@ class DenseSparseMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(values, indices, weight)
-        return implementation(weight).dense_sparse_matmul(values, indices, weight)
+        with torch.cuda.device_of(weight):
+            return implementation(weight).dense_sparse_matmul(values, indices, weight)
 
     @staticmethod
     @once_differentiable
@@ -127,7 +129,8 @@ class MatmulAtSparseIndices(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
         ctx.save_for_backward(a, weight, indices)
-        return implementation(weight).matmul_at_sparse_indices(a, weight, indices)
+        with torch.cuda.device_of(weight):
+            return implementation(weight).matmul_at_sparse_indices(a, weight, indices)
 
     @staticmethod
     @once_differentiable

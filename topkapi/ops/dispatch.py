@@ -14,13 +14,24 @@ from types import ModuleType
 
 from torch import Tensor
 
+from topkapi.errors import TopkapiError
+
 _forced: ContextVar[str] = ContextVar("forced", default="")
 
 
 def implementation(tensor: Tensor) -> ModuleType:
-    """The module whose primitives suit `tensor`: `topkapi.ops.kernels` or `topkapi.ops.reference`."""
+    """The module whose primitives suit `tensor`: `topkapi.ops.kernels` or `topkapi.ops.reference`.
+
+    Raises:
+        TopkapiError: kernels are wanted and Triton is not installed.
+    """
     chosen = _forced.get() or ("kernels" if tensor.is_cuda else "reference")
-    return import_module(f"topkapi.ops.{chosen}")
+    try:
+        return import_module(f"topkapi.ops.{chosen}")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise TopkapiError("a GPU needs the package triton: pip install triton, or take the CPU.") from None
 
 
 @contextmanager

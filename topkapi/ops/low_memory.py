@@ -10,7 +10,9 @@ smaller than a step, such as the 0.1 % that the squares decay by, are kept on av
 as the mean divided by its root would be without bound; it is rounded up to 1 instead, which only makes steps smaller.
 
 Random numbers are a hash of (row, column, key), with a key for each weight and step: the same run gives the same bits,
-in any order of execution and on any device.
+in any order of execution and on any device. One hash serves all three roundings of an element, as the kernel computes
+for as long as it loads: 16 bits for the weight, 16 for the mean, and a product of them for the square. 8 bits would be
+too few for a square, whose decay by 0.1 % is less than a 256th of a step.
 
 Source: block-wise 8-bit state, Dettmers et al. 2022 (arXiv 2110.02861); the mixing function is Chris Wellons'
 "lowbias32" (https://nullprogram.com/blog/2018/07/31/).
@@ -23,7 +25,7 @@ from torch import Tensor
 MEAN_LEVELS = 127
 SQUARE_LEVELS = 255
 COLUMN_STEP = 0x9E3779B9  # 2^32 over the golden ratio: neighbouring columns start far apart
-SECOND = 0x85EBCA6B  # any odd constant: the second number of an element is the hash of its first plus this
+SECOND = 0xC2B2AE3D  # odd: the second number of an element is its first times this, of which the high bits are used
 _WORD = 0xFFFFFFFF
 
 
@@ -44,29 +46,34 @@ def key_of(seed: int, n_steps: int) -> int:
 def random_bits(
     start: int, stop: int, d_model: int, key: int, device: torch.device
 ) -> tuple[Int[Tensor, "rows d_model"], Int[Tensor, "rows d_model"]]:
-    """Two independent 32-bit numbers for each element of rows start..stop, as int64."""
+    """Two 32-bit numbers for each element of rows start..stop, as int64.
+
+    The two halves of the first and the high bits of the second are independent in pairs. Rows are mixed in full,
+    columns by `mix` without its last step, which only improves lowest bits.
+    """
     rows = mix(torch.arange(start, stop, device=device) ^ key)
-    columns = torch.arange(d_model, device=device) * COLUMN_STEP
-    first = mix((rows[:, None] + columns) & _WORD)
-    return first, mix((first + SECOND) & _WORD)
+    x = (rows[:, None] + torch.arange(d_model, device=device) * COLUMN_STEP) & _WORD
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
+    first = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD
+    return first, (first * SECOND) & _WORD
 
 
 def round_weight(weight: Float[Tensor, "rows d_model"], bits: Int[Tensor, "rows d_model"]) -> Tensor:
-    """bf16, rounded away from 0 with the probability that keeps the expectation (low 16 of `bits`)."""
-    words = weight.view(torch.int32) + (bits & 0xFFFF).to(torch.int32)
+    """bf16, rounded away from 0 with the probability that keeps the expectation (high 16 of `bits`)."""
+    words = weight.view(torch.int32) + (bits >> 16).to(torch.int32)
     return (words & -0x10000).view(torch.float32).to(torch.bfloat16)
 
 
 def encode_mean(
     mean: Float[Tensor, "rows d_model"], bits: Int[Tensor, "rows d_model"]
 ) -> tuple[Int8[Tensor, "rows d_model"], Float[Tensor, " rows"]]:
-    """int8 codes and the row scales (high 16 of `bits`)."""
+    """int8 codes and the row scales (low 16 of `bits`)."""
     size = mean.abs()
     scale = size.amax(1)
     y = size / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
     low = (y.sqrt() * MEAN_LEVELS).floor()
     chance = (y * MEAN_LEVELS**2 - low * low) / (2 * low + 1)
-    codes = (low + (((bits >> 16) + 0.5) * 2.0**-16 < chance)).clamp_max(MEAN_LEVELS)
+    codes = (low + (((bits & 0xFFFF) + 0.5) * 2.0**-16 < chance)).clamp_max(MEAN_LEVELS)
     return (codes * mean.sign()).to(torch.int8), scale
 
 

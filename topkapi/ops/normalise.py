@@ -1,5 +1,7 @@
 """Activations as the autoencoder sees them, in the dtype that a training step reads."""
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -10,7 +12,7 @@ from topkapi.ops.dispatch import implementation
 
 @torch.no_grad()
 def normalise(raw: Float[Tensor, "n d_model"], dtype: torch.dtype) -> Float[Tensor, "n d_model"]:
-    """Per row: subtract the mean over d_model, scale to unit norm; a constant row becomes 0.
+    """Per row: subtract the mean over d_model, scale to unit norm; a row that is constant but for rounding becomes 0.
 
         x = (raw - mean) / |raw - mean|
 
@@ -21,7 +23,22 @@ def normalise(raw: Float[Tensor, "n d_model"], dtype: torch.dtype) -> Float[Tens
         from topkapi.ops.kernels import normalise as kernel
 
         return kernel.normalise(raw, dtype)
-    raw = raw if raw.dtype in (torch.float32, torch.float64) else raw.float()
-    centred = raw - raw.mean(-1, keepdim=True)
+    return normalised(raw if raw.dtype in (torch.float32, torch.float64) else raw.float())[0].to(dtype)
+
+
+def normalised(
+    raw: Float[Tensor, "... d_model"],
+) -> tuple[Float[Tensor, "... d_model"], Float[Tensor, "... 1"], Float[Tensor, "... 1"]]:
+    """Normalised rows, their means and their norms, in the dtype of `raw`; 16-bit rows are computed in float32."""
+    if raw.dtype not in (torch.float32, torch.float64):
+        return tuple(part.to(raw.dtype) for part in normalised(raw.float()))
+    mean = raw.mean(-1, keepdim=True)
+    centred = raw - mean
     norm = centred.norm(dim=-1, keepdim=True)
-    return (centred / norm.clamp_min(torch.finfo(raw.dtype).tiny)).to(dtype)
+    is_constant = norm <= rounding(raw.dtype, raw.shape[-1]) * mean.abs()
+    return torch.where(is_constant, 0, centred / norm.clamp_min(torch.finfo(raw.dtype).tiny)), mean, norm
+
+
+def rounding(dtype: torch.dtype, d_model: int) -> float:
+    """The norm of a centred constant row, relative to the constant, at most: sums round differently on each device."""
+    return 4 * torch.finfo(dtype).eps * math.sqrt(d_model)

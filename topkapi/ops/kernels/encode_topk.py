@@ -31,7 +31,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from topkapi.ops import reference
-from topkapi.ops.kernels.fp8 import quantised, quantised_rows
+from topkapi.ops.kernels.fp8 import quantised, quantised_rows, require_fp8
 from topkapi.ops.kernels.screen import is_hopper, screen
 from topkapi.ops.kernels.select import bound_rows, copy_rows, encode_single_rows, rescore, select_candidates
 
@@ -43,6 +43,7 @@ SAMPLE_BYTES = 2**30 + 2**27  # of sampled pre-activations held at a time
 FIRST, SECOND = 2e-3, 1e-10  # chances that the sample misleads about a row's bound, and about its second
 STRICT_MARGIN, BF16_MARGIN = 0.0043, 0.010  # of the k-th largest value, see above
 SINGLE_BYTES = 2**27  # of pre-activations of single rows
+SINGLE_FETCHED = 2**15  # bytes of the weight at a time, twice in shared memory, of which small GPUs have 99 KB
 
 
 class Tiles(NamedTuple):
@@ -129,11 +130,13 @@ def _encode(
     indices = torch.empty(len(centred), k, dtype=torch.int64, device=centred.device)
     W, W_scale = W_enc, None
     if screening == "fp8":
+        require_fp8(W_enc.device)
         W, W_scale = quantised(W_enc)
     elif W_enc.dtype == torch.float32:
         W = W_enc.to(torch.bfloat16)
     n_sampled_columns = len(W) // SAMPLE_EVERY  # at most
-    rows = max(128, SAMPLE_BYTES // (2 * n_sampled_columns) // 128 * 128)  # chunks of tokens bound the memory
+    rows = max(128, SAMPLE_BYTES // (2 * n_sampled_columns) // 128 * 128)  # chunks of tokens bound the memory,
+    rows = min(rows, 2**17)  # and keep offsets of kept groups within 32 bits
     for start in range(0, len(centred), rows):
         part = slice(start, start + rows)
         some = centred[part]
@@ -285,7 +288,7 @@ class _Encoder:
         encode_single_rows[(programs,)](
             self.centred, self.W_enc, self.latent_bias, failed, failed_again, counters, scratch, values, indices,
             n_latents, self.d_model, self.k, len(failed_again), programs, BD=BD,
-            R=max(1, 65536 // (BD * self.W_enc.element_size())), BLOCK=4096,
+            R=max(1, SINGLE_FETCHED // (BD * self.W_enc.element_size())), BLOCK=4096,
             num_warps=16,
         )  # fmt: skip
 

@@ -4,10 +4,21 @@ e4m3 has a range of 2^18 between its largest and its smallest number, so one sca
 activations suffice; powers of two make the scaling itself exact.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from topkapi.errors import TopkapiError
+
+
+@lru_cache
+def require_fp8(device: torch.device) -> None:
+    """Raise TopkapiError for a GPU without fp8 e4m3."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise TopkapiError(f"{torch.cuda.get_device_name(device)} has no fp8: take --precision bf16.")
 
 
 def quantised(W: Tensor) -> tuple[Tensor, Tensor]:

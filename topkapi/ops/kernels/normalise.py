@@ -11,6 +11,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from topkapi.ops.normalise import rounding
+
 TILE = 2_048  # elements a program holds, at least one row
 ELEMENTS_A_THREAD = 16  # of the tile; decides the number of warps, up to 16
 
@@ -34,6 +36,7 @@ def normalise(raw: Float[Tensor, "n d_model"], dtype: torch.dtype) -> Float[Tens
         n,
         d_model,
         torch.finfo(wide).tiny,
+        rounding(wide, d_model),
         SUM=tl.float64 if wide == torch.float64 else tl.float32,
         ROWS=rows,
         COLUMNS=columns,
@@ -49,6 +52,7 @@ def _normalise(
     n,
     d_model,
     TINY: tl.constexpr,
+    ROUNDING: tl.constexpr,
     SUM: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -61,4 +65,5 @@ def _normalise(
     mean = tl.sum(given, axis=1) / d_model
     centred = tl.where(inside, given - mean[:, None], 0.0)
     norm = tl.sqrt(tl.sum(centred * centred, axis=1))
+    centred = tl.where((norm <= ROUNDING * tl.abs(mean))[:, None], 0.0, centred)  # constant but for rounding
     tl.store(x + at, (centred / tl.maximum(norm, TINY)[:, None]).to(x.dtype.element_ty), mask=inside)

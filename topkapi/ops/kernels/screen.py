@@ -20,7 +20,8 @@ import triton.language as tl
 
 # Stores from the matmul's own register layout, so that nothing moves through shared memory. The 16 values of a thread
 # are a group of each of two rows, 8 apart: registers 0 1 4 5 8 9 12 13 and 2 3 6 7 10 11 14 15.
-# Operands: $4..$19 values, $20..$35 slots (-1: not kept), $36..$51 groups, $52..$67 and $68..$83 the two addresses.
+# Operands: $4..$19 values, $20..$35 slots (-1: not stored), then for kept groups $36..$51 their numbers, and the one or
+# two addresses, 16 times each.
 STORE_GROUPS = tl.constexpr("""{
     .reg .pred p, r;
     .reg .b32 a, b, c, d;
@@ -49,6 +50,30 @@ SECOND:
     st.global.b32 [to], $38;
 DONE:
 }""")
+STORE_SAMPLE = tl.constexpr("""{
+    .reg .b32 a, b, c, d;
+    .reg .b64 to;
+    mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;
+    .reg .pred p;
+    setp.lt.s32 p, $20, 0;
+    @p bra SECOND;
+    cvt.rn.bf16x2.f32 a, $5, $4;
+    cvt.rn.bf16x2.f32 b, $9, $8;
+    cvt.rn.bf16x2.f32 c, $13, $12;
+    cvt.rn.bf16x2.f32 d, $17, $16;
+    mad.wide.s32 to, $20, 16, $36;
+    st.global.v4.b32 [to], {a, b, c, d};
+SECOND:
+    setp.lt.s32 p, $22, 0;
+    @p bra DONE;
+    cvt.rn.bf16x2.f32 a, $7, $6;
+    cvt.rn.bf16x2.f32 b, $11, $10;
+    cvt.rn.bf16x2.f32 c, $15, $14;
+    cvt.rn.bf16x2.f32 d, $19, $18;
+    mad.wide.s32 to, $22, 16, $36;
+    st.global.v4.b32 [to], {a, b, c, d};
+DONE:
+}""")
 ATOMIC_ADD = tl.constexpr("""{
     .reg .pred p;
     mov.b32 $0, 0;
@@ -60,7 +85,9 @@ ATOMIC_ADD = tl.constexpr("""{
 @lru_cache
 def is_hopper(device: torch.device) -> bool:
     """Whether the matmul's accumulator has the layout that STORE_GROUPS is written for."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @triton.jit
@@ -103,14 +130,25 @@ def screen(
         groups = tl.reshape(split, (BM, NB, 4, 8))
         block = tl.arange(0, NB)[None, :, None]
         q = tl.arange(0, 4)[None, None, :]
+        all8 = tl.zeros((BM, NB, 4, 8), tl.int32)
         if SAMPLE:
-            at = rows.to(tl.int64)[:, None, None] * (n_sampled * BN) + (place * BN + block * 32 + q * 8)
+            at = rows[:, None, None] * (n_sampled * (BN // 8)) + (place * (BN // 8) + block * 4 + q)
             inside = (rows < n_rows)[:, None, None] & (block >= 0) & (q >= 0)
-            tl.store(
-                sample_ptr + at[:, :, :, None] + tl.arange(0, 8), groups.to(tl.bfloat16), mask=inside[:, :, :, None]
-            )
+            if DIRECT:
+                slot = tl.where(inside, at, -1)[:, :, :, None] + all8
+                tl.inline_asm_elementwise(
+                    STORE_SAMPLE,
+                    "=r,=r,=r,=r" + ",f" * 16 + ",r" * 16 + ",l" * 16,
+                    [groups, slot, sample_ptr.to(tl.int64) + all8],
+                    dtype=tl.int8,
+                    is_pure=False,
+                    pack=16,
+                )
+            else:
+                to = (at.to(tl.int64) * 8)[:, :, :, None] + tl.arange(0, 8)
+                tl.store(sample_ptr + to, groups.to(tl.bfloat16), mask=inside[:, :, :, None])
         else:
-            bound = tl.load(bound_ptr + rows, mask=rows < n_rows, other=float("inf"))
+            bound = tl.load(bound_ptr + rows, mask=rows < n_rows, other=float("nan"))  # which nothing reaches
             hit = (tl.max(groups, 3) >= bound[:, None, None]).to(tl.int32)  # (BM, NB, 4)
             bits = tl.sum(hit << block, 1)  # (BM, 4)
             n_hits = _bits_set(bits, DIRECT)
@@ -126,7 +164,6 @@ def screen(
             at += rows[:, None, None] * capacity
             number = latent_tile * (BN // 8) + block * 4 + q + tl.zeros((BM, NB, 4), tl.int32)
             if DIRECT:
-                all8 = tl.zeros((BM, NB, 4, 8), tl.int32)
                 tl.inline_asm_elementwise(
                     STORE_GROUPS,
                     "=r,=r,=r,=r" + ",f" * 16 + ",r" * 32 + ",l" * 32,
@@ -143,7 +180,7 @@ def screen(
                 )
             else:
                 tl.store(group_ptr + at, number, mask=keep)
-                to = (at * 8)[:, :, :, None] + tl.arange(0, 8)
+                to = (at.to(tl.int64) * 8)[:, :, :, None] + tl.arange(0, 8)
                 tl.store(value_ptr + to, groups.to(tl.bfloat16), mask=keep[:, :, :, None])
 
 

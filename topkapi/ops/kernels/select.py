@@ -55,7 +55,7 @@ def bound_rows(
     hit = (key >= reached) & inside
     to = tl.cumsum(hit.to(tl.int32), 0) - 1
     keep = hit & (to < capacity)
-    to += slot * capacity
+    to += slot.to(tl.int64) * capacity
     tile = g // TILE_GROUPS  # of the sample
     tl.store(group_ptr + to, tile * (EVERY * TILE_GROUPS) + g % TILE_GROUPS, mask=keep)
     tl.store(value_ptr + to[:, None] * 8 + e[None, :], values, mask=keep[:, None] & (e >= 0)[None, :])
@@ -184,6 +184,7 @@ def rescore(
         bits = score.to(tl.int32, bitcast=True)
         ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
         key = (ordered << 32) | (0x7FFFFFFF - latent).to(tl.int64)
+        key = tl.where(c < n_found, key, -0x7FFFFFFFFFFFFFFF)  # behind candidates that are not a number, too
         if C <= 64:
             place = tl.sum((key[None, :] > key[:, None]).to(tl.int32), 1)
         else:

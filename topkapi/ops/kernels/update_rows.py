@@ -26,7 +26,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from topkapi.ops import low_memory
+from topkapi.ops import low_memory, reference
 from topkapi.ops.kernels.weight_gradients import Parts, row_gradient, sum_dtype
 from topkapi.ops.reference import AdamStep, RowGradient, RowState
 
@@ -48,6 +48,9 @@ def update_rows_(
     n_latents, d_model = state.weight.shape
     low = state.mean_scale is not None
     if not state.weight.numel():
+        return
+    if state.weight.dtype == torch.float64:  # a kernel's float arguments are float32
+        reference.update_rows_(state, gradient, step, grad_scale)
         return
     given = (LOW_MEMORY if low else UPDATE | UNIT_NORM if step.unit_norm else UPDATE) | launch
     early = given.pop("early")
@@ -110,7 +113,9 @@ def _load_row(ptr, offset, column, D: tl.constexpr, BLOCK: tl.constexpr, TILES: 
     out = ()
     for t in tl.static_range(TILES):
         c = column + t * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(ptr + offset + c, mask=c < D, other=0, eviction_policy="evict_first")
+        x = tl.load(ptr + offset + c, mask=(c < D) | (D % (BLOCK * TILES) == 0), other=0, eviction_policy="evict_first")
+        if ptr.dtype.element_ty == tl.int8:
+            x = x.to(tl.int32) << 24  # converted as fast as it is added; 8 bits are not
         out = out + (x.to(dtype),)
     return out
 
@@ -122,7 +127,12 @@ def _store_row(ptr, offset, column, row, D: tl.constexpr, BLOCK: tl.constexpr, T
         x = row[t]
         if ptr.dtype.element_ty == tl.bfloat16:
             x = x.to(tl.float32)  # the interpreter cannot make bf16 of float64
-        tl.store(ptr + offset + c, x.to(ptr.dtype.element_ty), mask=c < D, eviction_policy="evict_first")
+        tl.store(
+            ptr + offset + c,
+            x.to(ptr.dtype.element_ty),
+            mask=(c < D) | (D % (BLOCK * TILES) == 0),
+            eviction_policy="evict_first",
+        )
 
 
 @triton.jit
@@ -139,25 +149,41 @@ def _mix(x):
 def _random_bits(latent, c, key):
     """See `topkapi.ops.low_memory.random_bits`."""
     row = _mix(latent.to(tl.uint32) ^ (key.to(tl.uint32) + tl.zeros_like(c).to(tl.uint32)))
-    first = _mix(row + c.to(tl.uint32) * 0x9E3779B9)
-    return first, _mix(first + 0x85EBCA6B)
+    x = row + c.to(tl.uint32) * 0x9E3779B9
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    first = (x ^ (x >> 15)) * 0x846CA68B
+    return first, first * 0xC2B2AE3D
 
 
 @triton.jit
-def _encode_root(y, root, levels: tl.constexpr, FOURTH: tl.constexpr, random):
-    """y in [0, 1] as the level whose square (or fourth power) is y times that of `levels`, rounded at random.
+def _encode_mean(mean, factor, bits):
+    """Codes of `mean`, `factor` times which is at most 127^2.
 
-    `root` is the square (or fourth) root of y. Nothing is divided by: the kernel computes as long as it loads.
+    Rounded up from a level l of x = |mean| factor if l^2 + u (2 l + 1) < x, for u uniform in [0, 1). The left side is
+    (l + u)^2 + u (1 - u), so that the code is sqrt(x - u (1 - u)) - u rounded up: no level has to be found first.
     """
-    low = tl.floor(root * levels)
-    below = low * low
-    above = below + 2 * low + 1
-    top: tl.constexpr = levels * levels
-    if FOURTH:
-        up = random * (above * above - below * below) < y * (1.0 * top * top) - below * below
-    else:
-        up = random * (above - below) < y * top - below
-    return tl.minimum(low + tl.where(up, 1.0, 0.0), levels)
+    centred = (bits << 16).to(tl.float32) * (1.0 / 4294967296) - (0.5 - 1.0 / 131072)  # u - 1/2
+    root = tl.sqrt(tl.maximum(tl.abs(mean) * factor + (centred * centred - 0.25), 0.0)) - centred
+    sign = mean.to(tl.uint32, bitcast=True) & 0x80000000
+    root = (root.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+    # the nearest integer is in the last bits of the sum with 1.5 2^23, negative ones as two's complement
+    return (root + 12582912.0).to(tl.uint32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def _encode_square(root, bits):
+    """Codes of squares, of which `root` is the square root in units of the smallest: at most 255^2.
+
+    With h = l + 1/2 and c = u - 1/2, l^4 + u ((l + 1)^4 - l^4) is h^4 + 4 c h^3 + 3/2 h^2 + c h + 1/16. The code is
+    the level l below, or l + 1 if that is less than root^2.
+    """
+    c = bits.to(tl.float32) * (0.999996 / 4294967296) - 0.5
+    at_least = tl.maximum(root, 0.999999)  # a square above 0 becomes at least 1: this squared is above any u
+    level = tl.sqrt(at_least) + 8388607.5  # whose last bits are the root rounded down
+    h = level - 8388607.5
+    between = (((h + 4.0 * c) * h + 1.5) * h + c) * h + 0.0625
+    below = (between - at_least * at_least) * root + 0.0  # and 0 stays 0; the sum makes -0 into 0
+    return (level.to(tl.uint32, bitcast=True) + (below.to(tl.uint32, bitcast=True) >> 31)).to(tl.uint8)
 
 
 @triton.jit
@@ -170,56 +196,71 @@ def _row_max(row, TILES: tl.constexpr):
 
 @triton.jit
 def _load_state(
-    weight_ptr, mean_ptr, square_ptr, mean_scale_ptr, square_scale_ptr, latent, column,
+    weight_ptr, mean_ptr, square_ptr, latent, column,
     D: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Weight, mean and square of a row; in low memory decoded, see `topkapi.ops.low_memory`."""
+    """Weight, mean and square of a row; in low memory the codes of the latter."""
     weight = _load_row(weight_ptr, latent * D, column, D, BLOCK, TILES, dtype)
     mean = _load_row(mean_ptr, latent * D, column, D, BLOCK, TILES, dtype)
     square = _load_row(square_ptr, latent * D, column, D, BLOCK, TILES, dtype)
-    if mean_scale_ptr is not None:
-        mean_scale = tl.load(mean_scale_ptr + latent)
-        square_scale = tl.load(square_scale_ptr + latent)
-        mean_codes = mean
-        square_codes = square
-        mean = ()
-        square = ()
-        for t in tl.static_range(TILES):
-            root = mean_codes[t] * (1 / 127)
-            mean = mean + (root * tl.abs(root) * mean_scale,)
-            root = square_codes[t] * (1 / 255)
-            square = square + (root * root * (root * root) * square_scale,)
     return weight, mean, square
 
 
 @triton.jit
+def _adam_low_memory(
+    acc, weight, mean, square, mean_scale, square_scale, rate, beta1, beta2, eps, correction, TILES: tl.constexpr
+):
+    """The row after Adam's step, and what is encoded of the state: m / (1 - beta1) and sqrt(v / (1 - beta2)).
+
+    Mean and square come as codes. The divisors belong to the row and are multiplied back where one number a row is
+    computed: the kernel computes for as long as it loads.
+    """
+    # mean codes come times 2^24, see `_load_row`
+    mean_factor = mean_scale * beta1 / ((1 - beta1) * 16129) * 2.0**-48
+    square_factor = square_scale * beta2 / ((1 - beta2) * 4228250625.0)
+    rate = rate * (1 - beta1)
+    correction = correction * tl.sqrt(1 - beta2)
+    w = ()
+    m = ()
+    r = ()
+    for t in tl.static_range(TILES):
+        m_t = mean[t] * tl.abs(mean[t]) * mean_factor + acc[t]
+        code = square[t] * square[t]
+        r_t = tl.sqrt(code * (code * square_factor) + acc[t] * acc[t])
+        inverse = tl.rsqrt(r_t * correction + eps)  # squared it is the inverse; a division takes many instructions
+        w = w + (weight[t] - (m_t * inverse) * (inverse * rate),)
+        m = m + (m_t,)
+        r = r + (r_t,)
+    return w, m, r
+
+
+@triton.jit
 def _store_low_memory(
-    weight_ptr, mean_ptr, square_ptr, mean_scale_ptr, square_scale_ptr, latent, key, weight, mean, square,
+    weight_ptr, mean_ptr, square_ptr, mean_scale_ptr, square_scale_ptr, latent, key, weight, mean, root, beta1, beta2,
     D: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Weight, mean and square of a row rounded and stored, see `topkapi.ops.low_memory`; the rounded weight."""
-    mean_scale = _row_max(mean, TILES)
-    square_scale = _row_max(square, TILES)
-    tl.store(mean_scale_ptr + latent, mean_scale)
-    tl.store(square_scale_ptr + latent, square_scale)
-    mean_inverse = 1 / tl.maximum(mean_scale, 1e-37)  # a literal below float32's range would make all of this float64
-    square_inverse = 1 / tl.maximum(square_scale, 1e-37)
+    """What `_adam_low_memory` returns rounded and stored, see `topkapi.ops.low_memory`; the rounded weight."""
+    mean_max = _row_max(mean, TILES)
+    root_max = _row_max(root, TILES)
+    tl.store(mean_scale_ptr + latent, mean_max * (1 - beta1))
+    tl.store(square_scale_ptr + latent, root_max * root_max * (1 - beta2))
+    # no rounding error may lead to code 128 or 256: the largest mean comes out a little below 127^2, the largest root
+    # not above 255^2; a literal below float32's range would make all of this float64
+    mean_factor = 16128.98 / tl.maximum(mean_max, 1e-30)
+    root_factor = 65025 / tl.maximum(root_max, 1e-30)
+    root_factor = tl.where(root_max * root_factor > 65025, root_factor * (1 - 2.0**-22), root_factor)
     rounded = ()
     for t in tl.static_range(TILES):
         c = t * BLOCK + tl.arange(0, BLOCK)
-        in_d = c < D
+        in_d = (c < D) | (D % BLOCK == 0)
         first, second = _random_bits(latent, c, key)
-        words = weight[t].to(tl.uint32, bitcast=True) + (first & 0xFFFF)
+        words = weight[t].to(tl.uint32, bitcast=True) + (first >> 16)
         value = (words & 0xFFFF0000).to(tl.float32, bitcast=True)
         rounded = rounded + (value,)
         tl.store(weight_ptr + latent * D + c, value.to(tl.bfloat16), mask=in_d, eviction_policy="evict_first")
-        y = tl.abs(mean[t]) * mean_inverse
-        code = _encode_root(y, tl.sqrt(y), 127, False, ((first >> 16).to(tl.float32) + 0.5) * (1.0 / 65536))
-        code = tl.where(mean[t] < 0, -code, code).to(tl.int8)
+        code = _encode_mean(mean[t], mean_factor, first)
         tl.store(mean_ptr + latent * D + c, code, mask=in_d, eviction_policy="evict_first")
-        y = square[t] * square_inverse
-        code = _encode_root(y, tl.sqrt(tl.sqrt(y)), 255, True, (second >> 8).to(tl.float32) * (1.0 / 16777216))
-        code = tl.where(square[t] > 0, tl.maximum(code, 1.0), 0.0).to(tl.uint8)
+        code = _encode_square(root[t] * root_factor, second)
         tl.store(square_ptr + latent * D + c, code, mask=in_d, eviction_policy="evict_first")
     return rounded
 
@@ -264,17 +305,13 @@ def _update(
     offset = latent * D
     dtype: tl.constexpr = tl.float64 if weight_ptr.dtype.element_ty == tl.float64 else tl.float32
     if EARLY:  # under way together with the gradient's loads, for 3 registers a column
-        weight, mean, square = _load_state(
-            weight_ptr, mean_ptr, square_ptr, mean_scale_ptr, square_scale_ptr, latent, column, D, BLOCK, TILES, dtype
-        )
+        weight, mean, square = _load_state(weight_ptr, mean_ptr, square_ptr, latent, column, D, BLOCK, TILES, dtype)
     acc = row_gradient(
         values_ptr, pairs_ptr, offsets_ptr, rows_ptr, sums_ptr, subset_ptr, position_ptr, latent, column,
         D, K, SPLIT, BLOCK, TILES, R, STAGES, dtype,
     )  # fmt: skip
     if not EARLY:
-        weight, mean, square = _load_state(
-            weight_ptr, mean_ptr, square_ptr, mean_scale_ptr, square_scale_ptr, latent, column, D, BLOCK, TILES, dtype
-        )
+        weight, mean, square = _load_state(weight_ptr, mean_ptr, square_ptr, latent, column, D, BLOCK, TILES, dtype)
     if UNIT_NORM:
         acc = _projected(acc, weight, TILES)
     if grad_scale_ptr is not None:
@@ -283,16 +320,23 @@ def _update(
         for t in tl.static_range(TILES):
             scaled = scaled + (acc[t] * grad_scale,)
         acc = scaled
-    weight, mean, square = _adam(acc, weight, mean, square, rate, beta1, beta2, eps, correction, TILES)
-    if mean_scale_ptr is None:  # before the norm is known, so that their registers are free
+    if mean_scale_ptr is not None:
+        mean_scale = tl.load(mean_scale_ptr + latent)
+        square_scale = tl.load(square_scale_ptr + latent)
+        weight, mean, root = _adam_low_memory(
+            acc, weight, mean, square, mean_scale, square_scale, rate, beta1, beta2, eps, correction, TILES
+        )
+    else:
+        weight, mean, square = _adam(acc, weight, mean, square, rate, beta1, beta2, eps, correction, TILES)
+        # before the norm is known, so that their registers are free
         _store_row(mean_ptr, offset, column, mean, D, BLOCK, TILES)
         _store_row(square_ptr, offset, column, square, D, BLOCK, TILES)
     if UNIT_NORM:
         weight = _unit_norm(weight, TILES)
     if mean_scale_ptr is not None:
         weight = _store_low_memory(
-            weight_ptr, mean_ptr, square_ptr, mean_scale_ptr, square_scale_ptr, latent, key, weight, mean, square,
-            D, BLOCK, TILES,
+            weight_ptr, mean_ptr, square_ptr, mean_scale_ptr, square_scale_ptr, latent, key, weight, mean, root,
+            beta1, beta2, D, BLOCK, TILES,
         )  # fmt: skip
     else:
         _store_row(weight_ptr, offset, column, weight, D, BLOCK, TILES)

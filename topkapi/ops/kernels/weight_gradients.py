@@ -14,6 +14,8 @@ after its last, and then the sums of its blocks, always in that order: the resul
 """
 
 # ruff: noqa: RUF005 - Triton's language has no unpacking into tuples
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -92,6 +94,9 @@ class Parts:
             "R": max((pairs or LAUNCH["pairs"]) * 2 // (2 if rows is None else rows.element_size()), 2),
             "STAGES": stages or LAUNCH["stages"],
         }
+        if rows is not None:
+            n_bytes = self.constants["R"] * block * tiles * rows.element_size()
+            self.constants["STAGES"] = fitting_stages(self.constants["STAGES"], n_bytes, rows.device)
         sums = None
         if order is not None and values.numel() == 0:
             order = values = rows = None
@@ -114,6 +119,20 @@ class Parts:
 def split_of(n_pairs: int) -> int:
     """Pairs in a block."""
     return SPLIT * max(1, triton.next_power_of_2(triton.cdiv(n_pairs, SPLIT * MOST_BLOCKS)))
+
+
+@lru_cache
+def _shared_bytes(device: torch.device) -> int:
+    """Shared memory that a program can have."""
+    if device.type != "cuda":
+        return 2**31
+    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+
+
+def fitting_stages(stages: int, n_bytes: int, device: torch.device) -> int:
+    """`stages`, or 1 where what is fetched ahead, `n_bytes` at a time, would not fit into shared memory."""
+    reductions = 2**13  # what else a kernel keeps there, at most
+    return stages if (stages - 1) * n_bytes + reductions <= _shared_bytes(device) else 1
 
 
 def sum_dtype(like: Tensor) -> torch.dtype:
