@@ -52,7 +52,8 @@ def test_training_steps_equal_the_cpus(n_dead: int) -> None:
             optimizer.step_(ae, step.gradients, 1e-3)
         found.append([getattr(ae, name).detach().cpu() for name in PARAMETERS])
     for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
+        # Adam divides by roots as small as 6e-10, so that sums in another order show at 5e-9 in an entry of 8 192.
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
 
 
 def parts(step: Step) -> dict[str, torch.Tensor]:

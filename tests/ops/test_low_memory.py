@@ -25,10 +25,10 @@ def bits(key: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_rounding_keeps_the_expectation() -> None:
     mean, square = moments()
     weight = mean * 0.01
-    n = 2000
+    n = 8000
     sums = [torch.zeros(ROWS, D_MODEL, dtype=torch.float64) for _ in range(6)]
     for key in range(n):
-        first, second = bits(low_memory.key_of(5, key))
+        first, second = bits(low_memory.key_of(3, key))
         found = (
             low_memory.decode_mean(*low_memory.encode_mean(mean, first)),
             low_memory.decode_square(*low_memory.encode_square(square, second)),

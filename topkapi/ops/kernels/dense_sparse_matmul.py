@@ -11,7 +11,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-LAUNCH = {"rows": 16, "columns": 256, "stages": 1, "num_warps": 2}
+LAUNCH = {"rows": 16, "columns": 256, "stages": 1, "num_warps": 1}
 
 
 @torch.no_grad()

@@ -30,9 +30,9 @@ from topkapi.ops import low_memory, reference
 from topkapi.ops.kernels.weight_gradients import Parts, row_gradient, sum_dtype
 from topkapi.ops.reference import AdamStep, RowGradient, RowState
 
-UPDATE = {"sliced": True, "early": True, "pairs": 4, "stages": 3, "warps": 0}  # warps 0: one a 1 024 columns
+UPDATE = {"sliced": True, "early": True, "pairs": 2, "stages": 4, "warps": 0}  # warps 0: one a 1 024 columns
 UNIT_NORM = {"early": False}  # what is different where sums over a row are needed
-LOW_MEMORY = {"early": False, "pairs": 4, "stages": 3, "warps": 0}
+LOW_MEMORY = {"early": False, "pairs": 4, "stages": 2, "warps": 0}
 SQUARES = {"pairs": 4, "stages": 1, "warps": 0}
 
 
@@ -56,6 +56,8 @@ def update_rows_(
     early = given.pop("early")
     if low or step.unit_norm:  # sums over a whole row are needed
         given["sliced"] = False
+    elif given["sliced"]:  # a warp's 256 columns of all gathered rows fit the cache
+        given["warps"] = given["warps"] or 1
     parts = Parts(gradient, d_model, **given)
     key = low_memory.key_of(step.seed, step.n_steps)
     key -= 2**32 if key >= 2**31 else 0  # a kernel's int argument is signed
