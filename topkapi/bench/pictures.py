@@ -91,7 +91,7 @@ def _draw_profiles(plt: Any, records: list[dict[str, Any]], path: Path) -> None:
         drawn = axis.barh(list(parts), [us / 1e3 for us in parts.values()], color=OURS)
         axis.bar_label(drawn, [f"{us / 1e3:.2f} ms, {100 * us / total:.0f} %" for us in parts.values()], padding=3)
         axis.invert_yaxis()
-        axis.margins(x=0.18)
+        axis.margins(x=0.3)
         axis.set_title(f"{record['case'].conditions}: {record['case'].shape}", loc="left", fontsize=10)
     axes[-1, 0].set_xlabel("milliseconds of a training step")
     _save(plt, figure, path, "")
