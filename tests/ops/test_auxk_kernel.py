@@ -18,12 +18,7 @@ from topkapi.ops.kernels import auxk as kernels
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """Memory that nobody wrote is NaN or a large number."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def made(n: int, m: int, kind: str) -> tuple[torch.Tensor, torch.Tensor]:

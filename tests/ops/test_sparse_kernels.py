@@ -25,17 +25,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [(0, 7, 5, 3), (1, 1, 1, 1), (1, 37, 5, 1), (9, 37, 33, 4), (20, 11, 100, 33), (3, 5000, 768, 32)]
 
 
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """Uninitialised memory holds NaN: an element that a kernel skips shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True)
-def _short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_gradients, "SPLIT", 8)
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "short_blocks")
 
 
 class Code:

@@ -24,17 +24,7 @@ N, N_LATENTS, K = 14, 9, 3
 STEP = AdamStep(lr=1e-2, beta1=0.9, beta2=0.999, eps=6.25e-10, ema_decay=0.99, n_steps=1, unit_norm=True, seed=3)
 
 
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """Uninitialised memory holds NaN: an element that a kernel skips shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True)
-def _short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_gradients, "SPLIT", 8)
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "short_blocks")
 
 
 def made(kind: str, d_model: int) -> RowState:

@@ -18,62 +18,38 @@ import torch
 import triton
 import triton.language as tl
 
-# Stores from the matmul's own register layout, so that nothing moves through shared memory. The 16 values of a thread
-# are a group of each of two rows, 8 apart: registers 0 1 4 5 8 9 12 13 and 2 3 6 7 10 11 14 15.
-# Operands: $4..$19 values, $20..$35 slots (-1: not stored), then for kept groups $36..$51 their numbers, and the one or
-# two addresses, 16 times each.
-STORE_GROUPS = tl.constexpr("""{
+
+def _stores(values: int, numbers: int = 0) -> str:
+    """Stores from the matmul's own register layout, so that nothing moves through shared memory.
+
+    The 16 values of a thread, operands $4 to $19, are a group of each of two rows, 8 apart: registers 0 1 4 5 8 9 12 13
+    and 2 3 6 7 10 11 14 15. $20 to $35 are slots (-1: not stored). Every other operand comes 16 times too: the address
+    of slot 0's values from $`values` on and, where groups' numbers are stored, these from $36 and their address from
+    $`numbers` on.
+    """
+    text = """{
     .reg .pred p, r;
     .reg .b32 a, b, c, d;
     .reg .b64 to;
     mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;
     setp.ge.s32 p, $20, 0;
     setp.ge.s32 r, $22, 0;
-    @!p bra SECOND;
-    cvt.rn.bf16x2.f32 a, $5, $4;
-    cvt.rn.bf16x2.f32 b, $9, $8;
-    cvt.rn.bf16x2.f32 c, $13, $12;
-    cvt.rn.bf16x2.f32 d, $17, $16;
-    mad.wide.s32 to, $20, 16, $52;
-    st.global.v4.b32 [to], {a, b, c, d};
-    mad.wide.s32 to, $20, 4, $68;
-    st.global.b32 [to], $36;
-SECOND:
-    @!r bra DONE;
-    cvt.rn.bf16x2.f32 a, $7, $6;
-    cvt.rn.bf16x2.f32 b, $11, $10;
-    cvt.rn.bf16x2.f32 c, $15, $14;
-    cvt.rn.bf16x2.f32 d, $19, $18;
-    mad.wide.s32 to, $22, 16, $52;
-    st.global.v4.b32 [to], {a, b, c, d};
-    mad.wide.s32 to, $22, 4, $68;
-    st.global.b32 [to], $38;
-DONE:
-}""")
-STORE_SAMPLE = tl.constexpr("""{
-    .reg .b32 a, b, c, d;
-    .reg .b64 to;
-    mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;
-    .reg .pred p;
-    setp.lt.s32 p, $20, 0;
-    @p bra SECOND;
-    cvt.rn.bf16x2.f32 a, $5, $4;
-    cvt.rn.bf16x2.f32 b, $9, $8;
-    cvt.rn.bf16x2.f32 c, $13, $12;
-    cvt.rn.bf16x2.f32 d, $17, $16;
-    mad.wide.s32 to, $20, 16, $36;
-    st.global.v4.b32 [to], {a, b, c, d};
-SECOND:
-    setp.lt.s32 p, $22, 0;
-    @p bra DONE;
-    cvt.rn.bf16x2.f32 a, $7, $6;
-    cvt.rn.bf16x2.f32 b, $11, $10;
-    cvt.rn.bf16x2.f32 c, $15, $14;
-    cvt.rn.bf16x2.f32 d, $19, $18;
-    mad.wide.s32 to, $22, 16, $36;
-    st.global.v4.b32 [to], {a, b, c, d};
-DONE:
-}""")
+"""
+    for row, (stored, after) in enumerate((("p", "SECOND"), ("r", "DONE"))):
+        text += f"    @!{stored} bra {after};\n"
+        for pair, register in enumerate("abcd"):
+            low = 4 + 4 * pair + 2 * row
+            text += f"    cvt.rn.bf16x2.f32 {register}, ${low + 1}, ${low};\n"
+        slot = 20 + 2 * row
+        text += f"    mad.wide.s32 to, ${slot}, 16, ${values};\n    st.global.v4.b32 [to], {{a, b, c, d}};\n"
+        if numbers:
+            text += f"    mad.wide.s32 to, ${slot}, 4, ${numbers};\n    st.global.b32 [to], ${36 + 2 * row};\n"
+        text += f"{after}:\n"
+    return text + "}"
+
+
+STORE_GROUPS = tl.constexpr(_stores(values=52, numbers=68))
+STORE_SAMPLE = tl.constexpr(_stores(values=36))
 ATOMIC_ADD = tl.constexpr("""{
     .reg .pred p;
     mov.b32 $0, 0;

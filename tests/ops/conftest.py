@@ -1,0 +1,20 @@
+"""Fixtures of the kernels' tests; a module asks for them with `pytestmark = pytest.mark.usefixtures(...)`."""
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Uninitialised memory holds NaN or a large number: an element that a kernel skips shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments longer than 8 pairs are split, so that small shapes have some."""
+    from topkapi.ops.kernels import weight_gradients
+
+    monkeypatch.setattr(weight_gradients, "SPLIT", 8)
