@@ -90,7 +90,7 @@ def uses(o: Operands) -> list[Use]:
         return lambda: openai_style.transposed_dense_sparse_matmul(o.values, latents, pairs, rows_, n_latents)
 
     def ours_pre_bias() -> Tensor:
-        return -kernels.weighted_row_sum(kernels.latent_sums(o.values, order, n_latents), o.W_enc)
+        return -kernels.bias_gradients(o.values, order, o.W_enc)[1]
 
     return [
         Use("decoder forward", lambda: kernels.dense_sparse_matmul(o.values, o.indices, o.W_dec),

@@ -29,6 +29,7 @@ from topkapi.model import Autoencoder, Working
 from topkapi.ops import SparseRows
 from topkapi.ops.auxk import AuxKSums, DeadWeights, auxk_gradients
 from topkapi.ops.dispatch import implementation
+from topkapi.ops.normalise import centre
 
 # Dead latents per auxk up to which dense products win. cpu: measured on 2 cores (docs/LOG.md).
 DENSE_AUXK_BELOW = {"cpu": 8, "cuda": 256}
@@ -123,20 +124,20 @@ def topk_step(
     """
     weights, pre_bias, latent_bias = working or Working.of(ae), ae.pre_bias.detach(), ae.latent_bias.detach()
     primitives, n_latents, numel = implementation(x), ae.n_latents, max(x.numel(), 1)
-    centred = torch.sub(x, pre_bias, out=torch.empty_like(x, dtype=weights.W_enc.dtype))
+    centred = centre(x, pre_bias, weights.W_enc.dtype)
     # reconstruction error is z W_dec - centred, so pre_bias plays no further part
     values, indices = primitives.encode_topk(centred, weights.W_enc, latent_bias, None, ae.k, weights.screening)
     decoded = primitives.decode_step(values, indices, weights.W_dec, centred, 2 * scale / numel)
     mse = decoded.squared_error.sum() * (scale / numel)
 
     order = primitives.order_by_latent(indices, n_latents)
-    grad_latent_bias = primitives.latent_sums(decoded.grad_values, order, n_latents)
+    grad_latent_bias, row_sum = primitives.bias_gradients(decoded.grad_values, order, weights.W_enc)
     grad_recon_sum = decoded.grad_recon.sum(0, dtype=mse.dtype)
     gradients = Gradients(
         W_enc=WeightGradient(n_latents, sparse=SparseRows(decoded.grad_values, order, centred)),
         W_dec=WeightGradient(n_latents, sparse=SparseRows(values, order, decoded.grad_recon)),
         latent_bias=grad_latent_bias,
-        pre_bias=grad_recon_sum - primitives.weighted_row_sum(grad_latent_bias, weights.W_enc),
+        pre_bias=grad_recon_sum - row_sum,
     )
     auxk = torch.zeros_like(mse)
     if min(config.auxk, len(dead), len(x)) > 0 and config.coefficient > 0:

@@ -117,6 +117,7 @@ def test_an_activation_that_is_not_finite_is_told_in_the_loop(gpu_live, gpu_lm, 
     ahead.close()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # PyTorch's own
 def test_a_compiled_model_gives_the_same_bits_in_any_batch(gpu_lm, splits):
     tokens = splits.train.context_tokens(torch.arange(4), 16)
     plain = gpu_lm.activations(tokens)
@@ -170,6 +171,7 @@ def watch(monkeypatch, mode, first, last):
     monkeypatch.setattr(Trainer, "step_", step_)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize("clip_norm", [0.0, 0.1])
 def test_the_loop_never_waits_for_the_device(tiny_config, tmp_path, monkeypatch, clip_norm):
     config = quiet_config(tiny_config, "cache")

@@ -14,7 +14,10 @@ def poisoned_memory():
 
 @pytest.fixture
 def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Segments longer than 8 pairs are split, so that small shapes have some."""
+    """Segments longer than 8 pairs are split, and programs take few latents, so that small shapes have several."""
     from topkapi.ops.kernels import weight_gradients
 
     monkeypatch.setattr(weight_gradients, "SPLIT", 8)
+    monkeypatch.setattr(weight_gradients, "LONG", 9)
+    few = {"latents": 4, "positions": 2, "rows": 2, "columns": 64, "programs": 3, "num_warps": 1}
+    monkeypatch.setattr(weight_gradients, "BIASES", few)

@@ -6,7 +6,7 @@ import torch
 
 from topkapi import Autoencoder
 from topkapi.ops.dispatch import kernels_only
-from topkapi.ops.normalise import normalise
+from topkapi.ops.normalise import centre, normalise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -40,11 +40,26 @@ def test_the_kernel_equals_plain_pytorch(n, d_model, dtype):
             assert not found[:2].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (67, 33), (5, 1000)])
+def test_centred(shape, dtype):
+    pytest.importorskip("triton")
+    torch.manual_seed(0)
+    x = torch.randn(shape, device=DEVICE).to(dtype)
+    pre_bias = torch.randn(shape[1], device=DEVICE, dtype=torch.promote_types(dtype, torch.float32))
+    with kernels_only():
+        found = centre(x, pre_bias, dtype)
+    assert found.dtype == dtype
+    # Triton's interpreter cuts bf16 off instead of rounding
+    torch.testing.assert_close(found, (x - pre_bias).to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
+
+
 def test_rows_of_any_layout():
     pytest.importorskip("triton")
     raw = torch.randn(40, 7, device=DEVICE).T
+    plain = normalise(raw, torch.float32), centre(raw, raw[0], torch.float32)
     with kernels_only():
-        torch.testing.assert_close(normalise(raw, torch.float32), normalise(raw, torch.float32))
+        torch.testing.assert_close((normalise(raw, torch.float32), centre(raw, raw[0], torch.float32)), plain)
 
 
 def test_it_is_the_autoencoders():

@@ -80,7 +80,7 @@ def test_products_equal_dense_algebra(size: tuple[int, int, int, int], k: int) -
     ]
     torch.testing.assert_close(torch.cat(rows), code.T @ x)
     torch.testing.assert_close(reference.latent_sums(values, order, n_latents), code.sum(0))
-    torch.testing.assert_close(reference.weighted_row_sum(code.sum(0), weight), code.sum(0) @ weight)
+    torch.testing.assert_close(reference.bias_gradients(values, order, weight), (code.sum(0), code.sum(0) @ weight))
     hits = torch.zeros(n, n_latents).index_put(
         (torch.arange(n)[:, None].expand(n, k), indices), (values > 0).float(), True
     )

@@ -43,7 +43,6 @@ class Code:
         self.indices = torch.randint(n_latents, (n, k), generator=generator).to(DEVICE)
         self.indices[:, 0] = n_latents // 2
         self.values, self.weight, self.rows = draw(n, k, dtype=sums).relu(), draw(n_latents, d_model), draw(n, d_model)
-        self.weights = draw(n_latents, dtype=sums)
 
 
 def assert_as_close(kernel: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
@@ -125,25 +124,20 @@ def test_every_pair_of_a_segment_is_counted_once(n_pairs: int) -> None:
     assert weight_gradients.latent_sums(values, order, 4).tolist() == [before, n_pairs, 3, 0]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_sums_of_latents(shape: tuple[int, int, int, int]) -> None:
-    code = Code(shape, torch.float32)
-    order = weight_gradients.order_by_latent(code.indices, code.n_latents)
-    exact = reference.latent_sums(code.values.double(), order, code.n_latents)
-    plain = reference.latent_sums(code.values, order, code.n_latents)
-    assert_as_close(weight_gradients.latent_sums(code.values, order, code.n_latents), plain, exact)
-    assert torch.equal(weight_gradients.fired(code.values, order), reference.fired(code.values, order))
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [(0, 5), (1, 1), (37, 33), (400, 300)])
-def test_weighted_row_sum(size: tuple[int, int], dtype: torch.dtype) -> None:
-    code = Code((1, *size, 1) if size[0] else (0, 0, size[1], 1), dtype) if size[0] else None
-    weights, weight = (code.weights, code.weight) if code else (torch.zeros(0), torch.zeros(size, dtype=dtype))
-    weights, weight = weights.to(DEVICE), weight.to(DEVICE)
-    exact = reference.weighted_row_sum(weights.double(), weight.double())
-    plain = reference.weighted_row_sum(weights, weight)
-    assert_as_close(weight_gradients.weighted_row_sum(weights, weight), plain, exact)
+@pytest.mark.parametrize("shape", [*SHAPES[:5], (7, 0, 5, 1), (30, 3, 5, 2), (5, 90, 40, 16)])
+def test_bias_gradients(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    code = Code(shape, dtype) if shape[1] else Code((0, 1, *shape[2:]), dtype)
+    weight, n_latents = code.weight[: shape[1]], shape[1]
+    order = weight_gradients.order_by_latent(code.indices, n_latents)
+    exact = reference.bias_gradients(code.values.double(), order, weight.double())
+    plain = reference.bias_gradients(code.values, order, weight)
+    for kernel, by_torch, wanted in zip(
+        weight_gradients.bias_gradients(code.values, order, weight), plain, exact, strict=True
+    ):
+        assert_as_close(kernel, by_torch, wanted)
+    assert_as_close(weight_gradients.latent_sums(code.values, order, n_latents), plain[0], exact[0])
+    assert torch.equal(weight_gradients.fired(code.values, order), reference.fired(code.values, order))
 
 
 def all_results(code: Code) -> list[torch.Tensor]:
@@ -153,8 +147,7 @@ def all_results(code: Code) -> list[torch.Tensor]:
         matmul_at_sparse_indices(code.rows, code.weight, code.indices),
         *decode_step(code.values, code.indices, code.weight, code.rows, 0.1),
         weight_gradients.transposed_dense_sparse_matmul(code.values, order, code.rows, 0, code.n_latents),
-        weight_gradients.latent_sums(code.values, order, code.n_latents),
-        weight_gradients.weighted_row_sum(code.weights, code.weight),
+        *weight_gradients.bias_gradients(code.values, order, code.weight),
     ]
 
 
@@ -166,7 +159,7 @@ def strided(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("change", [lambda x: x, strided], ids=["again", "strided"])
 def test_the_same_bits_again_and_from_any_strides(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     code, other = (Code((12, 20, 33, 6), torch.bfloat16) for _ in range(2))
-    for name in ("values", "indices", "weight", "rows", "weights"):
+    for name in ("values", "indices", "weight", "rows"):
         setattr(other, name, change(getattr(other, name)))
     for first, second in zip(all_results(code), all_results(other), strict=True):
         assert torch.equal(first, second)

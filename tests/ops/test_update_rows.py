@@ -97,9 +97,7 @@ def test_equals_plain_pytorch(kind: str, parts: str, d_model: int, unit_norm: bo
 
 
 @pytest.mark.parametrize("kind", ["float32", "low_memory"])
-@pytest.mark.parametrize(
-    "launch", [{"early": False}, {"pairs": 8, "stages": 3}, {"warps": 2}, {"sliced": True, "pairs": 2}], ids=str
-)
+@pytest.mark.parametrize("launch", [{"pairs": 8}, {"columns_a_warp": 16}, {"sliced": False}], ids=str)
 def test_launch_parameters_change_roundings_only(
     kind: str, launch: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-COLD_BYTES = {"cuda": 2**28, "cpu": 2**26}  # written before pieces that must not find their inputs in a cache
+# Written before pieces that must not find their inputs in a cache; on a GPU long enough for the piece to be queued.
+COLD_BYTES = {"cuda": 2**30, "cpu": 2**26}
 Work = Mapping[str, Callable[[], object]]
 
 

@@ -180,8 +180,7 @@ class Workload:
         gradients = topk_step(ae, x, self.scale, self._subset(), self.config.auxk, working).gradients
 
         def bias_gradients() -> None:
-            sums = ops.latent_sums(decoded.grad_values, order, case.n_latents)
-            ops.weighted_row_sum(sums, working.W_enc)
+            ops.bias_gradients(decoded.grad_values, order, working.W_enc)
             ops.fired(values, order)
 
         yield Part("normalise", lambda: self.normalise(raw), n_bytes=n * d * raw.element_size() + batch)

@@ -67,9 +67,9 @@ def encoder_gradients(
     """Gradients of the encoder from that of the active values; entries whose value is 0 pass none."""
     primitives = implementation(x)
     grad_pre_acts = grad_values * (values > 0)
-    latent_bias = primitives.latent_sums(grad_pre_acts, order, len(W_enc))
+    latent_bias, row_sum = primitives.bias_gradients(grad_pre_acts, order, W_enc)
     rows = SparseRows(grad_pre_acts, order, x - pre_bias)
-    return EncoderGradients(rows, latent_bias, -primitives.weighted_row_sum(latent_bias, W_enc))
+    return EncoderGradients(rows, latent_bias, -row_sum)
 
 
 class EncodeTopK(torch.autograd.Function):

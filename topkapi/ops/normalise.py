@@ -26,6 +26,16 @@ def normalise(raw: Float[Tensor, "n d_model"], dtype: torch.dtype) -> Float[Tens
     return normalised(raw if raw.dtype in (torch.float32, torch.float64) else raw.float())[0].to(dtype)
 
 
+@torch.no_grad()
+def centre(x: Float[Tensor, "n d_model"], pre_bias: Float[Tensor, " d_model"], dtype: torch.dtype) -> Tensor:
+    """x - pre_bias, (n, d_model) of `dtype`, rounded once."""
+    if implementation(x) is not reference:
+        from topkapi.ops.kernels import normalise as kernel
+
+        return kernel.centre(x, pre_bias, dtype)
+    return torch.sub(x, pre_bias, out=torch.empty_like(x, dtype=dtype))
+
+
 def normalised(
     raw: Float[Tensor, "... d_model"],
 ) -> tuple[Float[Tensor, "... d_model"], Float[Tensor, "... 1"], Float[Tensor, "... 1"]]:

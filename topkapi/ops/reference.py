@@ -279,12 +279,18 @@ def fired(values: Float[Tensor, "n k"], order: LatentOrder) -> Bool[Tensor, " n_
 
 
 @torch.no_grad()
-def weighted_row_sum(
-    weights: Float[Tensor, " n_latents"], weight: Float[Tensor, "n_latents d_model"]
-) -> Float[Tensor, " d_model"]:
-    """The rows of `weight`, each times its entry of `weights`, summed in float32 (float64 for float64)."""
-    weight = _wide(weight)
-    return weights.to(weight.dtype) @ weight
+def bias_gradients(
+    values: Float[Tensor, "n k"], order: LatentOrder, weight: Float[Tensor, "n_latents d_model"]
+) -> tuple[Float[Tensor, " n_latents"], Float[Tensor, " d_model"]]:
+    """`latent_sums` of the gradients at the pre-activations, and the rows of `weight` times them, summed.
+
+    The first is the gradient of latent_bias. The second, negative, is the encoder's share of the gradient of pre_bias:
+    summing over the batch before multiplying makes a matrix-vector product of it. In float32, float64 for float64.
+
+    Source: Gao et al. 2024, appendix D.2.
+    """
+    sums, weight = latent_sums(values, order, len(weight)), _wide(weight)
+    return sums, sums.to(weight.dtype) @ weight
 
 
 @torch.no_grad()

@@ -10,14 +10,15 @@ from topkapi.ops.kernels.encode_topk import encode_topk
 from topkapi.ops.kernels.matmul_at_sparse_indices import matmul_at_sparse_indices
 from topkapi.ops.kernels.update_rows import gradient_squares, update_rows_
 from topkapi.ops.kernels.weight_gradients import (
+    bias_gradients,
     fired,
     latent_sums,
     order_by_latent,
     transposed_dense_sparse_matmul,
-    weighted_row_sum,
 )
 
 __all__ = [
+    "bias_gradients",
     "decode_step",
     "dense_sparse_matmul",
     "encode_topk",
@@ -31,5 +32,4 @@ __all__ = [
     "select_topk_",
     "transposed_dense_sparse_matmul",
     "update_rows_",
-    "weighted_row_sum",
 ]

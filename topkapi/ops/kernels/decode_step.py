@@ -14,6 +14,8 @@ Memory traffic at 65 536 tokens, k = 32, d_model = 768: 3.2 GB of bf16 rows, les
 0.2 GB of target and gradient. Entries whose value is 0 are not read.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -21,8 +23,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from topkapi.errors import TopkapiError
+from topkapi.ops import reference
 from topkapi.ops.kernels.matmul_at_sparse_indices import lane_columns
-from topkapi.ops.kernels.weight_gradients import fitting_stages, sum_dtype
+from topkapi.ops.kernels.weight_gradients import sum_dtype
 from topkapi.ops.reference import DecodeStep
 
 LAUNCH = {"held": 128, "columns": 128, "stages": 3}  # elements of the rows that a lane holds; most columns at a time
@@ -47,12 +50,14 @@ def decode_step(
     (n, k), d_model = indices.shape, W_dec.shape[1]
     if k > MOST_ACTIVE:
         raise TopkapiError(f"training on a GPU takes k up to {MOST_ACTIVE}; got k={k}.")
+    if W_dec.dtype == torch.float64:  # a kernel's float arguments, like `scale`, are float32
+        return reference.decode_step(values, indices, W_dec, target, scale)
     given = LAUNCH | launch
     k_padded = max(triton.next_power_of_2(k), 2)
     columns = min(given["columns"], max(triton.next_power_of_2(d_model), 16))
     block = max(min(columns, MOST_WARPS * 32 * given["held"] // k_padded), 16)
     num_warps = min(max(k_padded * block // (32 * given["held"]), 1), MOST_WARPS)
-    stages = fitting_stages(given["stages"], k_padded * block * W_dec.element_size(), W_dec.device)
+    stages = _fitting_stages(given["stages"], k_padded * block * W_dec.element_size(), W_dec.device)
     squared_error = torch.empty(n, dtype=sum_dtype(W_dec), device=W_dec.device)
     grad_values = torch.empty(n, k, dtype=sum_dtype(W_dec), device=W_dec.device)
     grad = torch.empty_like(target, memory_format=torch.contiguous_format)
@@ -64,6 +69,20 @@ def decode_step(
             num_warps=num_warps,
         )  # fmt: skip
     return DecodeStep(squared_error, grad, grad_values)
+
+
+@lru_cache
+def _shared_bytes(device: torch.device) -> int:
+    """Shared memory that a program can have."""
+    if device.type != "cuda":
+        return 2**31
+    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+
+
+def _fitting_stages(stages: int, n_bytes: int, device: torch.device) -> int:
+    """`stages`, or 1 where what is fetched ahead, `n_bytes` at a time, would not fit into shared memory."""
+    reductions = 2**13  # what else a kernel keeps there, at most
+    return stages if (stages - 1) * n_bytes + reductions <= _shared_bytes(device) else 1
 
 
 @triton.jit

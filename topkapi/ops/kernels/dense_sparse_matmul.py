@@ -11,7 +11,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-LAUNCH = {"rows": 16, "columns": 256, "stages": 1, "num_warps": 1}
+LAUNCH = {"rows": 16, "columns": 256, "num_warps": 1}
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def dense_sparse_matmul(
         block = min(given["columns"], max(triton.next_power_of_2(d_model), 16))
         _dense_sparse[(n * triton.cdiv(d_model, block),)](
             values.contiguous(), indices.contiguous(), weight.contiguous(), out, D=d_model, K=k, BLOCK=block,
-            ROWS=min(given["rows"], max(triton.next_power_of_2(k), 2)), STAGES=given["stages"],
+            ROWS=min(given["rows"], max(triton.next_power_of_2(k), 2)),
             num_warps=given["num_warps"],
         )  # fmt: skip
     return out
@@ -38,7 +38,7 @@ def dense_sparse_matmul(
 @triton.jit
 def _dense_sparse(
     values_ptr, indices_ptr, weight_ptr, out_ptr,
-    D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     blocks: tl.constexpr = (D + BLOCK - 1) // BLOCK
     token = (tl.program_id(0) // blocks).to(tl.int64)  # one grid axis: the others end at 65 535
@@ -46,7 +46,7 @@ def _dense_sparse(
     in_d = c < D
     dtype: tl.constexpr = tl.float64 if weight_ptr.dtype.element_ty == tl.float64 else tl.float32
     acc = tl.zeros((BLOCK,), dtype)
-    for j0 in tl.range(0, K, ROWS, num_stages=STAGES):
+    for j0 in range(0, K, ROWS):
         j = j0 + tl.arange(0, ROWS)
         value = tl.load(values_ptr + token * K + j, mask=j < K, other=0.0).to(dtype)
         latent = tl.load(indices_ptr + token * K + j, mask=j < K, other=0).to(tl.int64)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from topkapi.ops.kernels.weight_gradients import sum_dtype
 
-LAUNCH = {"rows": 32, "columns": 128, "stages": 1, "num_warps": 2}
+LAUNCH = {"rows": 32, "columns": 128, "num_warps": 2}
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def matmul_at_sparse_indices(
         block = min(given["columns"], max(triton.next_power_of_2(d_model), 16))
         _at_indices[(n * triton.cdiv(k, rows),)](
             a.contiguous(), weight.contiguous(), indices.contiguous(), out, D=d_model, K=k, ROWS=rows, BLOCK=block,
-            GROUP=lane_columns(weight), STAGES=given["stages"], num_warps=given["num_warps"],
+            GROUP=lane_columns(weight), num_warps=given["num_warps"],
         )  # fmt: skip
     return out
 
@@ -46,7 +46,6 @@ def lane_columns(weight: Tensor) -> int:
 def _at_indices(
     a_ptr, weight_ptr, indices_ptr, out_ptr,
     D: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
-    STAGES: tl.constexpr,
 ):  # fmt: skip
     blocks: tl.constexpr = (K + ROWS - 1) // ROWS
     token = (tl.program_id(0) // blocks).to(tl.int64)  # one grid axis: the others end at 65 535
@@ -55,7 +54,7 @@ def _at_indices(
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     base = weight_ptr + tl.load(indices_ptr + token * K + j, mask=in_k, other=0).to(tl.int64) * D
     dots = tl.zeros((ROWS, BLOCK // GROUP), dtype)
-    for c0 in tl.range(0, D, BLOCK, num_stages=STAGES):
+    for c0 in range(0, D, BLOCK):
         c = c0 + tl.arange(0, BLOCK)
         in_d = c < D
         x = tl.load(a_ptr + token * D + c, mask=in_d, other=0.0).to(dtype)

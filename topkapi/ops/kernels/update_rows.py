@@ -30,10 +30,8 @@ from topkapi.ops import low_memory, reference
 from topkapi.ops.kernels.weight_gradients import Parts, row_gradient, sum_dtype
 from topkapi.ops.reference import AdamStep, RowGradient, RowState
 
-UPDATE = {"sliced": True, "early": True, "pairs": 2, "stages": 4, "warps": 0}  # warps 0: one a 1 024 columns
-UNIT_NORM = {"early": False}  # what is different where sums over a row are needed
-LOW_MEMORY = {"early": False, "pairs": 4, "stages": 2, "warps": 0}
-SQUARES = {"pairs": 4, "stages": 1, "warps": 0}
+WIDE = 2048  # from this d_model on a low-memory row is shared by more warps: their registers are what is short
+LOW_MEMORY_WIDE = {"pairs": 2, "columns_a_warp": 512}
 
 
 @torch.no_grad()
@@ -44,7 +42,7 @@ def update_rows_(
     grad_scale: Float[Tensor, ""] | None = None,
     **launch: int,
 ) -> None:
-    """See `topkapi.ops.reference.update_rows_`. `launch` replaces entries of UPDATE or LOW_MEMORY."""
+    """See `topkapi.ops.reference.update_rows_`. `launch` replaces what is chosen of the launch parameters."""
     n_latents, d_model = state.weight.shape
     low = state.mean_scale is not None
     if not state.weight.numel():
@@ -52,13 +50,10 @@ def update_rows_(
     if state.weight.dtype == torch.float64:  # a kernel's float arguments are float32
         reference.update_rows_(state, gradient, step, grad_scale)
         return
-    given = (LOW_MEMORY if low else UPDATE | UNIT_NORM if step.unit_norm else UPDATE) | launch
-    early = given.pop("early")
-    if low or step.unit_norm:  # sums over a whole row are needed
-        given["sliced"] = False
-    elif given["sliced"]:  # a warp's 256 columns of all gathered rows fit the cache
-        given["warps"] = given["warps"] or 1
-    parts = Parts(gradient, d_model, **given)
+    chosen = {"sliced": not (low or step.unit_norm)}  # where no sum over a whole row is needed
+    if low and d_model >= WIDE:
+        chosen |= LOW_MEMORY_WIDE
+    parts = Parts(gradient, d_model, **(chosen | launch))
     key = low_memory.key_of(step.seed, step.n_steps)
     key -= 2**32 if key >= 2**31 else 0  # a kernel's int argument is signed
     tensors = (state.weight, state.mean, state.square, state.ema, state.working, state.mean_scale, state.square_scale)
@@ -76,7 +71,6 @@ def update_rows_(
         1 - step.ema_decay,
         key,
         UNIT_NORM=step.unit_norm,
-        EARLY=early,
         **parts.constants,
         **parts.launch,
     )
@@ -90,7 +84,7 @@ def gradient_squares(
     n_latents, d_model = weight.shape
     squares = torch.empty(n_latents, dtype=sum_dtype(weight), device=weight.device)
     if weight.numel():
-        parts = Parts(gradient, d_model, **SQUARES)
+        parts = Parts(gradient, d_model)
         _squares[(n_latents,)](
             *parts.pointers, weight.contiguous(), squares, PROJECT=project, **parts.constants, **parts.launch
         )
@@ -299,21 +293,18 @@ def _update(
     values_ptr, pairs_ptr, offsets_ptr, rows_ptr, sums_ptr, subset_ptr, position_ptr, grad_scale_ptr,
     weight_ptr, mean_ptr, square_ptr, ema_ptr, working_ptr, mean_scale_ptr, square_scale_ptr,
     rate, beta1, beta2, eps, correction, ema_step, key,
-    UNIT_NORM: tl.constexpr, EARLY: tl.constexpr, D: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
+    UNIT_NORM: tl.constexpr, D: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     latent = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK * TILES
     offset = latent * D
     dtype: tl.constexpr = tl.float64 if weight_ptr.dtype.element_ty == tl.float64 else tl.float32
-    if EARLY:  # under way together with the gradient's loads, for 3 registers a column
-        weight, mean, square = _load_state(weight_ptr, mean_ptr, square_ptr, latent, column, D, BLOCK, TILES, dtype)
     acc = row_gradient(
         values_ptr, pairs_ptr, offsets_ptr, rows_ptr, sums_ptr, subset_ptr, position_ptr, latent, column,
-        D, K, SPLIT, BLOCK, TILES, R, STAGES, dtype,
+        D, K, SPLIT, BLOCK, TILES, R, dtype,
     )  # fmt: skip
-    if not EARLY:
-        weight, mean, square = _load_state(weight_ptr, mean_ptr, square_ptr, latent, column, D, BLOCK, TILES, dtype)
+    weight, mean, square = _load_state(weight_ptr, mean_ptr, square_ptr, latent, column, D, BLOCK, TILES, dtype)
     if UNIT_NORM:
         acc = _projected(acc, weight, TILES)
     if grad_scale_ptr is not None:
@@ -356,13 +347,13 @@ def _update(
 def _squares(
     values_ptr, pairs_ptr, offsets_ptr, rows_ptr, sums_ptr, subset_ptr, position_ptr, weight_ptr, out_ptr,
     PROJECT: tl.constexpr, D: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
-    TILES: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
+    TILES: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     latent = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     acc = row_gradient(
         values_ptr, pairs_ptr, offsets_ptr, rows_ptr, sums_ptr, subset_ptr, position_ptr, latent, 0,
-        D, K, SPLIT, BLOCK, TILES, R, STAGES, dtype,
+        D, K, SPLIT, BLOCK, TILES, R, dtype,
     )  # fmt: skip
     if PROJECT:
         acc = _projected(acc, _load_row(weight_ptr, latent * D, 0, D, BLOCK, TILES, dtype), TILES)

@@ -14,8 +14,6 @@ after its last, and then the sums of its blocks, always in that order: the resul
 """
 
 # ruff: noqa: RUF005 - Triton's language has no unpacking into tuples
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
@@ -27,9 +25,10 @@ from topkapi.ops.reference import LatentOrder, RowGradient
 
 SPLIT = 128  # pairs in a block; 8 latents on a third of 65 536 tokens are then 1 366 blocks, several a multiprocessor
 MOST_BLOCKS = 32_768  # blocks are made longer rather than more numerous: their sums take blocks x d_model x 4 bytes
-LAUNCH = {"pairs": 4, "stages": 1}  # bf16 rows gathered at a time; stages > 1 prefetches through shared memory
+PAIRS = 4  # bf16 rows gathered at a time, half as many of float32; prefetching more through shared memory gains nothing
 COLUMNS = 256  # 8 a lane for one warp, 16 bytes of bf16
-SUMS = {"latents": 32, "positions": 16, "num_warps": 4}
+BIASES = {"latents": 32, "positions": 32, "rows": 16, "columns": 1024, "programs": 1056, "num_warps": 4}
+LONG = 512  # pairs of a latent from which on a whole program sums them
 
 
 @torch.no_grad()
@@ -75,15 +74,14 @@ class Parts:
         d_model: int,
         *,
         sliced: bool = False,
-        pairs: int = 0,
-        stages: int = 0,
-        warps: int = 0,
+        pairs: int = PAIRS,
+        columns_a_warp: int = 4 * COLUMNS,
     ) -> None:
-        self.num_warps = warps or min(max(triton.next_power_of_2(triton.cdiv(d_model, 4 * COLUMNS)), 1), 16)
-        block = min(COLUMNS * self.num_warps, max(triton.next_power_of_2(d_model), 16))
+        num_warps = 1 if sliced else min(triton.next_power_of_2(triton.cdiv(d_model, columns_a_warp)), 16)
+        block = COLUMNS * num_warps
         tiles = 1 if sliced else triton.cdiv(d_model, block)
         self.slices = triton.cdiv(d_model, block * tiles)
-        self.launch = {"num_warps": self.num_warps}
+        self.launch = {"num_warps": num_warps}
         values, order, rows = gradient.values, gradient.order, gradient.rows
         self.constants = {
             "D": d_model,
@@ -91,12 +89,8 @@ class Parts:
             "SPLIT": SPLIT,
             "BLOCK": block,
             "TILES": tiles,
-            "R": max((pairs or LAUNCH["pairs"]) * 2 // (2 if rows is None else rows.element_size()), 2),
-            "STAGES": stages or LAUNCH["stages"],
+            "R": max(pairs * 2 // (2 if rows is None else rows.element_size()), 2),
         }
-        if rows is not None:
-            n_bytes = self.constants["R"] * block * tiles * rows.element_size()
-            self.constants["STAGES"] = fitting_stages(self.constants["STAGES"], n_bytes, rows.device)
         sums = None
         if order is not None and values.numel() == 0:
             order = values = rows = None
@@ -121,20 +115,6 @@ def split_of(n_pairs: int) -> int:
     return SPLIT * max(1, triton.next_power_of_2(triton.cdiv(n_pairs, SPLIT * MOST_BLOCKS)))
 
 
-@lru_cache
-def _shared_bytes(device: torch.device) -> int:
-    """Shared memory that a program can have."""
-    if device.type != "cuda":
-        return 2**31
-    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
-
-
-def fitting_stages(stages: int, n_bytes: int, device: torch.device) -> int:
-    """`stages`, or 1 where what is fetched ahead, `n_bytes` at a time, would not fit into shared memory."""
-    reductions = 2**13  # what else a kernel keeps there, at most
-    return stages if (stages - 1) * n_bytes + reductions <= _shared_bytes(device) else 1
-
-
 def sum_dtype(like: Tensor) -> torch.dtype:
     """float32, or float64 for float64."""
     return torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -143,21 +123,37 @@ def sum_dtype(like: Tensor) -> torch.dtype:
 @torch.no_grad()
 def latent_sums(values: Float[Tensor, "n k"], order: LatentOrder, n_latents: int) -> Float[Tensor, " n_latents"]:
     """See `topkapi.ops.reference.latent_sums`."""
-    values = values.contiguous()
-    out = torch.zeros(n_latents, dtype=sum_dtype(values), device=values.device)
-    if values.numel() == 0 or n_latents == 0:
-        return out
-    split = split_of(len(order.pairs))
-    n_blocks = len(order.pairs) // split
-    sums = torch.empty(n_blocks, dtype=out.dtype, device=out.device)
-    if n_blocks:
-        _block_value_sums[(n_blocks,)](values, order.pairs, order.latents, sums, SPLIT=split, num_warps=1)
-    latents, positions = SUMS["latents"], SUMS["positions"]
-    _value_sums[(triton.cdiv(n_latents, latents),)](
-        values, order.pairs, order.offsets, sums, out, n_latents, SPLIT=split, LATENTS=latents, R=positions,
-        num_warps=SUMS["num_warps"],
-    )  # fmt: skip
-    return out
+    return _bias_gradients(values, order, n_latents, None)[0]
+
+
+@torch.no_grad()
+def bias_gradients(
+    values: Float[Tensor, "n k"], order: LatentOrder, weight: Float[Tensor, "n_latents d_model"]
+) -> tuple[Float[Tensor, " n_latents"], Float[Tensor, " d_model"]]:
+    """See `topkapi.ops.reference.bias_gradients`. Reads `weight` once: parts of its rows, then the parts' sum."""
+    return _bias_gradients(values, order, len(weight), weight.contiguous())
+
+
+def _bias_gradients(
+    values: Tensor, order: LatentOrder, n_latents: int, weight: Tensor | None
+) -> tuple[Float[Tensor, " n_latents"], Float[Tensor, " d_model"] | None]:
+    dtype, d_model = sum_dtype(values), 0 if weight is None else weight.shape[1]
+    sums = torch.empty(n_latents, dtype=dtype, device=values.device)
+    block = max(min(triton.next_power_of_2(d_model), BIASES["columns"]), 16)
+    programs = min(triton.cdiv(n_latents, BIASES["latents"]), BIASES["programs"])
+    parts = torch.empty(programs, d_model, dtype=dtype, device=values.device)
+    if values.numel() == 0:  # kernels take no pointers to nothing
+        sums.zero_(), parts.zero_()
+    elif n_latents:
+        _bias_sums[(programs, max(triton.cdiv(d_model, block), 1))](
+            values.contiguous(), order.pairs, order.offsets, weight, sums, parts, n_latents,
+            D=d_model, LATENTS=BIASES["latents"], R=BIASES["positions"], LONG=LONG, ROWS=BIASES["rows"],
+            BLOCK=block,
+            num_warps=BIASES["num_warps"],
+        )  # fmt: skip
+    if weight is None:
+        return sums, None
+    return sums, parts.sum(0)
 
 
 @torch.no_grad()
@@ -170,22 +166,6 @@ def fired(values: Float[Tensor, "n k"], order: LatentOrder) -> Bool[Tensor, " n_
             values.contiguous(), order.pairs, order.latents, out, values.numel(), BLOCK=1024, num_warps=4
         )
     return out.view(torch.bool)
-
-
-@torch.no_grad()
-def weighted_row_sum(
-    weights: Float[Tensor, " n_latents"], weight: Float[Tensor, "n_latents d_model"]
-) -> Float[Tensor, " d_model"]:
-    """See `topkapi.ops.reference.weighted_row_sum`. Reads `weight` once: parts of its rows, then the parts' sum."""
-    n_latents, d_model = weight.shape
-    n_parts = min(triton.cdiv(n_latents, 16), 1024)  # several programs a multiprocessor; the parts stay small
-    sums = torch.empty(n_parts, d_model, dtype=sum_dtype(weight), device=weight.device)
-    if sums.numel():
-        block = min(triton.next_power_of_2(d_model), COLUMNS)
-        _weighted_rows[(n_parts, triton.cdiv(d_model, block))](
-            weights.contiguous(), weight.contiguous(), sums, n_latents, D=d_model, BLOCK=block, R=16, num_warps=4
-        )
-    return sums.sum(0)
 
 
 @triton.jit
@@ -215,7 +195,7 @@ def no_rows(column, D: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, d
 def row_gradient(
     values_ptr, pairs_ptr, offsets_ptr, rows_ptr, sums_ptr, subset_ptr, position_ptr, latent, column,
     D: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr,
-    STAGES: tl.constexpr, dtype: tl.constexpr,
+    dtype: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one latent's row from `column` on, as a tuple of TILES blocks."""
     acc, in_d = no_rows(column, D, BLOCK, TILES, dtype)
@@ -227,7 +207,7 @@ def row_gradient(
         whole = last > first
         head = tl.where(whole, first * SPLIT, stop) - start
         gap = tl.where(whole, (last - first) * SPLIT, 0)
-        for j0 in tl.range(0, stop - start - gap, R, num_stages=STAGES):
+        for j0 in range(0, stop - start - gap, R):
             j = j0 + tl.arange(0, R)
             inside = j < stop - start - gap
             pair = tl.load(pairs_ptr + start + tl.where(j < head, j, j + gap), mask=inside, other=0)
@@ -258,12 +238,11 @@ def row_gradient(
 def _row_sums(
     values_ptr, pairs_ptr, offsets_ptr, rows_ptr, sums_ptr, subset_ptr, position_ptr, out_ptr, start,
     D: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr,
-    STAGES: tl.constexpr,
 ):  # fmt: skip
     latent = start + tl.program_id(0).to(tl.int64)
     acc = row_gradient(
         values_ptr, pairs_ptr, offsets_ptr, rows_ptr, sums_ptr, subset_ptr, position_ptr, latent, 0,
-        D, K, SPLIT, BLOCK, TILES, R, STAGES, out_ptr.dtype.element_ty,
+        D, K, SPLIT, BLOCK, TILES, R, out_ptr.dtype.element_ty,
     )  # fmt: skip
     for t in tl.static_range(TILES):
         c = t * BLOCK + tl.arange(0, BLOCK)
@@ -274,7 +253,6 @@ def _row_sums(
 def _block_sums(
     values_ptr, pairs_ptr, latents_ptr, rows_ptr, sums_ptr,
     D: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr,
-    STAGES: tl.constexpr,
 ):  # fmt: skip
     """The sum of a block of SPLIT sorted pairs if they are all of one latent."""
     block = tl.program_id(0)
@@ -283,7 +261,7 @@ def _block_sums(
     if tl.load(latents_ptr + start) == tl.load(latents_ptr + start + SPLIT - 1):
         dtype: tl.constexpr = sums_ptr.dtype.element_ty
         acc, in_d = no_rows(column, D, BLOCK, TILES, dtype)
-        for j0 in tl.range(0, SPLIT, R, num_stages=STAGES):
+        for j0 in range(0, SPLIT, R):
             pair = tl.load(pairs_ptr + start + j0 + tl.arange(0, R))
             weights = tl.load(values_ptr + pair).to(dtype)
             rows = rows_ptr + (pair // K).to(tl.int64) * D
@@ -294,43 +272,64 @@ def _block_sums(
 
 
 @triton.jit
-def _block_value_sums(values_ptr, pairs_ptr, latents_ptr, sums_ptr, SPLIT: tl.constexpr):
-    """The sum of the values of a block of SPLIT sorted pairs if they are all of one latent."""
-    block = tl.program_id(0)
-    start = block * SPLIT
-    if tl.load(latents_ptr + start) == tl.load(latents_ptr + start + SPLIT - 1):
-        pairs = tl.load(pairs_ptr + start + tl.arange(0, SPLIT))
-        total = tl.sum(tl.load(values_ptr + pairs).to(sums_ptr.dtype.element_ty), 0)
-        tl.store(sums_ptr + block, total)
+def _segment_sums(
+    values_ptr, pairs_ptr, offsets_ptr, first, n_latents,
+    LATENTS: tl.constexpr, R: tl.constexpr, LONG: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Sums of the values of LATENTS latents from `first` on, R pairs of each at a time, of long segments LATENTS R."""
+    latent = first + tl.arange(0, LATENTS)
+    exists = latent < n_latents
+    start = tl.load(offsets_ptr + latent, mask=exists, other=0)
+    length = tl.load(offsets_ptr + latent + 1, mask=exists, other=0) - start
+    short = tl.where(length < LONG, length, 0)
+    acc = tl.zeros((LATENTS, R), dtype)
+    for j0 in range(0, tl.max(short, 0), R):
+        j = (j0 + tl.arange(0, R))[None, :]
+        inside = j < short[:, None]
+        pair = tl.load(pairs_ptr + start[:, None] + j, mask=inside, other=0)
+        acc += tl.load(values_ptr + pair, mask=inside, other=0.0).to(dtype)  # (LATENTS, R)
+    total = tl.sum(acc, 1)
+    if tl.max(length, 0) >= LONG:
+        for i in range(min(LATENTS, n_latents - first)):
+            start_i = tl.load(offsets_ptr + first + i)
+            stop_i = tl.load(offsets_ptr + first + i + 1)
+            if stop_i - start_i >= LONG:
+                wide = tl.zeros((LATENTS * R,), dtype)
+                for j0 in range(start_i, stop_i, LATENTS * R):
+                    j = j0 + tl.arange(0, LATENTS * R)
+                    pair = tl.load(pairs_ptr + j, mask=j < stop_i, other=0)
+                    wide += tl.load(values_ptr + pair, mask=j < stop_i, other=0.0).to(dtype)
+                total = tl.where(tl.arange(0, LATENTS) == i, tl.sum(wide, 0), total)
+    return total
 
 
 @triton.jit
-def _value_sums(
-    values_ptr, pairs_ptr, offsets_ptr, sums_ptr, out_ptr, n_latents,
-    SPLIT: tl.constexpr, LATENTS: tl.constexpr, R: tl.constexpr,
+def _bias_sums(
+    values_ptr, pairs_ptr, offsets_ptr, weight_ptr, sums_ptr, parts_ptr, n_latents,
+    D: tl.constexpr, LATENTS: tl.constexpr, R: tl.constexpr, LONG: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums of values for LATENTS latents, as in `row_gradient`: the rows here are single numbers."""
-    latent = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
-    exists = latent < n_latents
-    start = tl.load(offsets_ptr + latent, mask=exists, other=0)
-    stop = tl.load(offsets_ptr + latent + 1, mask=exists, other=0)
-    first = (start + SPLIT - 1) // SPLIT
-    last = tl.maximum(stop // SPLIT, first)
-    whole = last > first
-    head = tl.where(whole, first * SPLIT, stop) - start
-    gap = tl.where(whole, (last - first) * SPLIT, 0)
-    direct = stop - start - gap
-    acc = tl.zeros((LATENTS, R), out_ptr.dtype.element_ty)
-    for j0 in range(0, tl.max(direct, 0), R):
-        j = (j0 + tl.arange(0, R))[None, :]
-        inside = j < direct[:, None]
-        place = start[:, None] + tl.where(j < head[:, None], j, j + gap[:, None])
-        pair = tl.load(pairs_ptr + place, mask=inside, other=0)
-        acc += tl.load(values_ptr + pair, mask=inside, other=0.0).to(acc.dtype)  # (LATENTS, R)
-    for b0 in range(0, tl.max(last - first, 0), R):
-        b = first[:, None] + b0 + tl.arange(0, R)[None, :]
-        acc += tl.load(sums_ptr + b, mask=b < last[:, None], other=0.0)
-    tl.store(out_ptr + latent, tl.sum(acc, 1), mask=exists)
+    """Sums of the latents' values and, where a weight is given, a part of the sum of its rows times them.
+
+    Programs of other columns compute the same sums and store them once more.
+    """
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    dtype: tl.constexpr = sums_ptr.dtype.element_ty
+    acc = tl.zeros((BLOCK,), dtype)
+    for first in range(tl.program_id(0) * LATENTS, n_latents, tl.num_programs(0) * LATENTS):
+        total = _segment_sums(values_ptr, pairs_ptr, offsets_ptr, first, n_latents, LATENTS, R, LONG, dtype)
+        latent = first + tl.arange(0, LATENTS)
+        tl.store(sums_ptr + latent, total, mask=latent < n_latents)
+        if weight_ptr is not None:
+            tl.debug_barrier()  # the sums are read back by other threads than wrote them
+            for i0 in range(first, min(first + LATENTS, n_latents), ROWS):
+                i = i0 + tl.arange(0, ROWS)
+                weights = tl.load(sums_ptr + i, mask=i < n_latents, other=0.0)
+                mask = (i < n_latents)[:, None] & (c < D)[None, :]
+                rows = tl.load(weight_ptr + i.to(tl.int64)[:, None] * D + c[None, :], mask=mask, other=0.0)
+                acc += tl.sum(weights[:, None] * rows.to(dtype), 0)  # of (ROWS, BLOCK)
+    if weight_ptr is not None:
+        tl.store(parts_ptr + tl.program_id(0).to(tl.int64) * D + c, acc, mask=c < D)
 
 
 @triton.jit
@@ -342,19 +341,3 @@ def _mark(values_ptr, pairs_ptr, latents_ptr, out_ptr, n_pairs, BLOCK: tl.conste
     above = tl.load(values_ptr + pair, mask=inside, other=0.0) > 0
     latent = tl.load(latents_ptr + j, mask=inside, other=0)
     tl.store(out_ptr + latent, tl.full((BLOCK,), 1, tl.uint8), mask=inside & above)
-
-
-@triton.jit
-def _weighted_rows(weights_ptr, weight_ptr, sums_ptr, n_latents, D: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr):
-    """Part `program_id(0)` of the rows, a stride of all parts apart, times their weights."""
-    part = tl.program_id(0)
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    dtype: tl.constexpr = sums_ptr.dtype.element_ty
-    acc = tl.zeros((R, BLOCK), dtype)
-    for i0 in range(part * R, n_latents, tl.num_programs(0) * R):
-        i = i0 + tl.arange(0, R)
-        weights = tl.load(weights_ptr + i, mask=i < n_latents, other=0.0).to(dtype)
-        mask = (i < n_latents)[:, None] & (c < D)[None, :]
-        rows = tl.load(weight_ptr + i.to(tl.int64)[:, None] * D + c[None, :], mask=mask, other=0.0)
-        acc += weights[:, None] * rows.to(dtype)  # (R, BLOCK)
-    tl.store(sums_ptr + part.to(tl.int64) * D + c, tl.sum(acc, 0), mask=c < D)
