@@ -36,14 +36,13 @@ PART_OF_KERNEL = {
     "_block_sums": UPDATE,
     "_update": UPDATE,
     "_squares": UPDATE,
-    "_value_sums": SUMS,
-    "_block_value_sums": SUMS,
+    "_bias_sums": SUMS,
     "_mark": SUMS,
-    "_weighted_rows": SUMS,
     "_select": AUXK,
     "_mask": AUXK,
     "_residual_gradient": AUXK,
     "_normalise": "normalise",
+    "_centre": "normalise",
 }
 PART_OF_PATTERN = {r"radix_?sort|searchsorted|bucketize": SORT, r"nvjet|gemm|cutlass|xmma": AUXK}
 ENCODER = (SCREEN, SAMPLE, SELECT, RESCORE)

@@ -29,6 +29,7 @@ from topkapi.ops.kernels.weight_gradients import sum_dtype
 from topkapi.ops.reference import DecodeStep
 
 LAUNCH = {"held": 128, "columns": 128, "stages": 3}  # elements of the rows that a lane holds; most columns at a time
+FEWEST_COLUMNS = 64  # beside few rows a narrower tile leaves lanes of a warp without an element of their own
 MOST_WARPS = 16
 MOST_ACTIVE = 4096
 
@@ -54,7 +55,7 @@ def decode_step(
         return reference.decode_step(values, indices, W_dec, target, scale)
     given = LAUNCH | launch
     k_padded = max(triton.next_power_of_2(k), 2)
-    columns = min(given["columns"], max(triton.next_power_of_2(d_model), 16))
+    columns = min(given["columns"], max(triton.next_power_of_2(d_model), FEWEST_COLUMNS))
     block = max(min(columns, MOST_WARPS * 32 * given["held"] // k_padded), 16)
     num_warps = min(max(k_padded * block // (32 * given["held"]), 1), MOST_WARPS)
     stages = _fitting_stages(given["stages"], k_padded * block * W_dec.element_size(), W_dec.device)

@@ -29,7 +29,8 @@ def matmul_at_sparse_indices(
     out = torch.empty(n, k, dtype=sum_dtype(weight), device=weight.device)
     if out.numel():
         rows = min(given["rows"], max(triton.next_power_of_2(k), 2))
-        block = min(given["columns"], max(triton.next_power_of_2(d_model), 16))
+        # beside few rows a tile narrower than 64 columns leaves lanes of a warp without an element of their own
+        block = min(given["columns"], max(triton.next_power_of_2(d_model), 64))
         _at_indices[(n * triton.cdiv(k, rows),)](
             a.contiguous(), weight.contiguous(), indices.contiguous(), out, D=d_model, K=k, ROWS=rows, BLOCK=block,
             GROUP=lane_columns(weight), num_warps=given["num_warps"],

@@ -27,7 +27,7 @@ SPLIT = 128  # pairs in a block; 8 latents on a third of 65 536 tokens are then 
 MOST_BLOCKS = 32_768  # blocks are made longer rather than more numerous: their sums take blocks x d_model x 4 bytes
 PAIRS = 4  # bf16 rows gathered at a time, half as many of float32; prefetching more through shared memory gains nothing
 COLUMNS = 256  # 8 a lane for one warp, 16 bytes of bf16
-BIASES = {"latents": 32, "positions": 32, "rows": 16, "columns": 1024, "programs": 1056, "num_warps": 4}
+BIASES = {"latents": 16, "positions": 32, "turns": 8, "columns": 1024, "programs": 1056, "warps": 2}
 LONG = 512  # pairs of a latent from which on a whole program sums them
 
 
@@ -147,9 +147,8 @@ def _bias_gradients(
     elif n_latents:
         _bias_sums[(programs, max(triton.cdiv(d_model, block), 1))](
             values.contiguous(), order.pairs, order.offsets, weight, sums, parts, n_latents,
-            D=d_model, LATENTS=BIASES["latents"], R=BIASES["positions"], LONG=LONG, ROWS=BIASES["rows"],
-            BLOCK=block,
-            num_warps=BIASES["num_warps"],
+            D=d_model, LATENTS=BIASES["latents"], R=BIASES["positions"], LONG=LONG, ROWS=BIASES["warps"],
+            TURNS=BIASES["turns"], BLOCK=block, num_warps=BIASES["warps"],
         )  # fmt: skip
     if weight is None:
         return sums, None
@@ -307,7 +306,7 @@ def _segment_sums(
 def _bias_sums(
     values_ptr, pairs_ptr, offsets_ptr, weight_ptr, sums_ptr, parts_ptr, n_latents,
     D: tl.constexpr, LATENTS: tl.constexpr, R: tl.constexpr, LONG: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TURNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums of the latents' values and, where a weight is given, a part of the sum of its rows times them.
 
@@ -315,21 +314,22 @@ def _bias_sums(
     """
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     dtype: tl.constexpr = sums_ptr.dtype.element_ty
-    acc = tl.zeros((BLOCK,), dtype)
+    acc = tl.zeros((ROWS, BLOCK), dtype)
     for first in range(tl.program_id(0) * LATENTS, n_latents, tl.num_programs(0) * LATENTS):
         total = _segment_sums(values_ptr, pairs_ptr, offsets_ptr, first, n_latents, LATENTS, R, LONG, dtype)
         latent = first + tl.arange(0, LATENTS)
         tl.store(sums_ptr + latent, total, mask=latent < n_latents)
         if weight_ptr is not None:
             tl.debug_barrier()  # the sums are read back by other threads than wrote them
-            for i0 in range(first, min(first + LATENTS, n_latents), ROWS):
-                i = i0 + tl.arange(0, ROWS)
-                weights = tl.load(sums_ptr + i, mask=i < n_latents, other=0.0)
-                mask = (i < n_latents)[:, None] & (c < D)[None, :]
-                rows = tl.load(weight_ptr + i.to(tl.int64)[:, None] * D + c[None, :], mask=mask, other=0.0)
-                acc += tl.sum(weights[:, None] * rows.to(dtype), 0)  # of (ROWS, BLOCK)
+            for i0 in range(first, min(first + LATENTS, n_latents), ROWS * TURNS):
+                for turn in tl.static_range(TURNS):  # whose loads are all under way before the first is used
+                    i = i0 + turn * ROWS + tl.arange(0, ROWS)
+                    weights = tl.load(sums_ptr + i, mask=i < n_latents, other=0.0)
+                    mask = (i < n_latents)[:, None] & (c < D)[None, :]
+                    rows = tl.load(weight_ptr + i.to(tl.int64)[:, None] * D + c[None, :], mask=mask, other=0.0)
+                    acc += weights[:, None] * rows.to(dtype)  # (ROWS, BLOCK), a row for each warp
     if weight_ptr is not None:
-        tl.store(parts_ptr + tl.program_id(0).to(tl.int64) * D + c, acc, mask=c < D)
+        tl.store(parts_ptr + tl.program_id(0).to(tl.int64) * D + c, tl.sum(acc, 0), mask=c < D)
 
 
 @triton.jit
