@@ -156,7 +156,7 @@ def select_candidates(
 @triton.jit
 def rescore(
     x_ptr, w_ptr, bias_ptr, candidate_ptr, n_found_ptr, rows_ptr, counter_ptr, value_ptr, index_ptr, d_model, k,
-    SECOND: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, R: tl.constexpr,
+    SECOND: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Exact pre-activations of a row's candidates; the k largest, by value and then column."""
     slot = tl.program_id(0).to(tl.int64)
@@ -171,7 +171,7 @@ def rescore(
         inside = d < d_model
         x = tl.load(x_ptr + row * d_model + d, mask=inside, other=0.0).to(tl.float32)
         score = tl.full((C,), float("-inf"), tl.float32)
-        for start in range(0, n_found, R):
+        for start in tl.range(0, n_found, R, num_stages=STAGES):
             some = start + tl.arange(0, R)
             latent = tl.load(candidate_ptr + slot * C + some, mask=some < n_found, other=0).to(tl.int64)
             at = latent[:, None] * d_model + d[None, :]
