@@ -185,11 +185,21 @@ def test_segments_of_latents_are_merged(monkeypatch):
     assert recall(indices, pre_acts, 9) == 1
 
 
+def test_chunks_of_tokens_bound_the_memory():
+    W = torch.empty(131_072, 768, dtype=torch.bfloat16, device="meta")
+    assert kernel._rows_at_once(W, 32, strict=True) == 65_536
+    for k in (1, 64, 256):
+        rows = kernel._rows_at_once(W, k, strict=True)
+        assert 2 * rows * 131_072 / 16 <= kernel.SAMPLE_BYTES
+        assert 32 * rows * kernel._plan(W, k, kernel.FIRST).capacity <= kernel.KEPT_BYTES
+
+
 @pytest.mark.slow
-def test_chunks_of_tokens_change_nothing(monkeypatch):
-    tensors = make(130, 4096, 16)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, "SAMPLE_BYTES"), (torch.bfloat16, "KEPT_BYTES")])
+def test_chunks_of_tokens_change_nothing(dtype, bound, monkeypatch):
+    tensors = make(130, 4096, 16, dtype)
     whole = encode_topk(*tensors, 4)
-    monkeypatch.setattr(kernel, "SAMPLE_BYTES", 128 * 2 * 256)
+    monkeypatch.setattr(kernel, bound, 1)  # chunks have 128 rows at least
     parts = encode_topk(*tensors, 4)
     assert len(redone.counters) == 2
     assert torch.equal(whole[0], parts[0])

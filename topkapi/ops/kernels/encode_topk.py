@@ -43,6 +43,7 @@ GROUP = 8
 LARGEST_K = 256  # above it the candidates of a row no longer fit registers
 SEGMENT = 2**20  # latents at a time
 SAMPLE_BYTES = 2**30 + 2**27  # of sampled pre-activations held at a time
+KEPT_BYTES = 2**29 + 2**27  # of kept values held at a time: 65 536 rows' at k 32
 FIRST, SECOND = 2e-3, 1e-10  # chances that the sample misleads about a row's bound, and about its second
 STRICT_MARGIN, BF16_MARGIN = 0.0043, 0.010  # of the k-th largest value, see above
 SINGLE_BYTES = 2**27  # of pre-activations of single rows
@@ -150,15 +151,20 @@ def _encode(
         W, W_scale = quantised(W_enc)
     elif W_enc.dtype == torch.float32:
         W = W_enc.to(torch.bfloat16)
-    n_sampled_columns = len(W) // SAMPLE_EVERY  # at most
-    rows = max(128, SAMPLE_BYTES // (2 * n_sampled_columns) // 128 * 128)  # chunks of tokens bound the memory,
-    rows = min(rows, 2**17)  # and keep offsets of kept groups within 32 bits
+    rows = _rows_at_once(W, k, strict=W is W_enc)
     for start in range(0, len(centred), rows):
         part = slice(start, start + rows)
         some = centred[part]
         x, scales = quantised_rows(some, W_scale) if W_scale is not None else (some.to(W.dtype), None)
         _Encoder(some, W_enc, latent_bias, k, x, W, scales).run(values[part], indices[part])
     return values, indices
+
+
+def _rows_at_once(W: Tensor, k: int, strict: bool) -> int:
+    """Tokens in a chunk: few enough to bound the memory, and so that numbers of groups stay within 32 bits."""
+    sampled = _n_sampled(W) * TILES[W.element_size()].latents * torch.bfloat16.itemsize
+    kept = _plan(W, k, FIRST).capacity * GROUP * _kept_type(strict).itemsize
+    return max(128, min(SAMPLE_BYTES // sampled, KEPT_BYTES // kept) // 128 * 128)
 
 
 def _n_sampled(W: Tensor) -> int:
