@@ -1,6 +1,7 @@
 """The encode_topk kernels against all pre-activations in float64.
 
-Seen to catch: a cut one key too high, candidates taken without the bound's check, groups numbered without the tile.
+Seen to catch: a cut one key too high, candidates taken without the bound's check, groups numbered without the tile,
+columns of the two halves of a group swapped, one candidate of the sample not scored again.
 """
 
 import sys
@@ -30,6 +31,22 @@ def pre_activations(x, W_enc, latent_bias, pre_bias):
     return centred @ W_enc.double().T + latent_bias.double()
 
 
+def launches_of(name: str, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """The arguments of each launch of a kernel from now on; tensors hold what they hold in the end."""
+    launches, real = [], getattr(kernel, name)
+
+    class Recorded:
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                launches.append(dict(zip(real.arg_names, arguments, strict=False)) | options)
+                real[grid](*arguments, **options)
+
+            return launch
+
+    monkeypatch.setattr(kernel, name, Recorded())
+    return launches
+
+
 def recall(indices, pre_acts, k: int) -> float:
     chosen = torch.zeros_like(pre_acts, dtype=torch.bool).scatter_(1, indices, True)
     return chosen.gather(1, pre_acts.topk(k).indices).double().mean().item()
@@ -57,6 +74,48 @@ def test_the_largest_are_found(dtype, n, n_latents, d_model, k):
         assert redone.counters, "these shapes are screened"
         expected = pre_acts.topk(k).values.relu()
         torch.testing.assert_close(values.sort(descending=True).values.double(), expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "n_latents", "d_model", "k"), [(7, 12_345, 144, 32), (3, 16_500, 48, 256)])
+def test_sixteen_bit_operands_give_the_very_largest(dtype, n, n_latents, d_model, k):
+    tensors = make(n, n_latents, d_model, dtype)
+    values, indices = encode_topk(*tensors, k)
+    pre_acts = pre_activations(*tensors)
+    assert_consistent(values, indices, pre_acts, k)
+    kth = pre_acts.topk(k).values[:, -1:]
+    chosen = torch.zeros_like(pre_acts, dtype=torch.bool).scatter_(1, indices, True)
+    assert chosen[pre_acts > kth + 4e-6 * kth.abs()].all(), "but for ties within the rounding of float32"
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("k", [32, 100])
+@pytest.mark.parametrize(
+    ("dtype", "screening"), [(torch.bfloat16, "bf16"), (torch.float32, "bf16"), (torch.bfloat16, "fp8")]
+)
+def test_what_the_matmul_summed_in_float32_is_not_scored_again(dtype, screening, k, monkeypatch):
+    launches = launches_of("rescore", monkeypatch)
+    tensors = make(4, 9001, 144, dtype)
+    encode_topk(*tensors, k, screening)
+    pre_acts, found = pre_activations(*tensors), launches[0]
+    assert (found["n_found_ptr"] >= k).all()
+    assert found["STRICT"] == (dtype == torch.bfloat16 and screening == "bf16")
+    if not found["STRICT"]:
+        assert found["kept_ptr"].dtype == torch.bfloat16
+        return
+    n_scored_again = 0
+    for row, n_found in enumerate(found["n_found_ptr"].tolist()):
+        latents, places = (found[name][row, :n_found].long() for name in ("candidate_ptr", "place_ptr"))
+        scored_again = places < 8 * found["of_sample_ptr"][row]
+        n_scored_again += int(scored_again.sum())
+        assert scored_again.tolist() == sorted(scored_again.tolist(), reverse=True), "they come first"
+        tiles = latents // 256
+        assert torch.equal(scored_again, (tiles % 16 == 0) & (tiles < 32)), "tile 32 is none of the sample's"
+        stored = found["kept_ptr"][row].flatten()[places].double()
+        tolerance = torch.where(scored_again, 2**-7, 2e-6) * (1 + stored.abs())  # the interpreter cuts to bf16
+        assert ((stored - pre_acts[row, latents]).abs() <= tolerance).all()
+    assert 0 < n_scored_again < found["n_found_ptr"].sum() / 4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -106,6 +165,17 @@ def test_rows_that_mislead_the_sample_are_redone():
     assert recall(indices, pre_activations(x, W_enc, latent_bias, pre_bias), 100) == 1
 
 
+@pytest.mark.parametrize(("n_latents", "k"), [(8192, 100), (16_384, 256)])
+def test_rows_that_keep_too_many_groups_are_redone_with_room_for_more(n_latents, k):
+    x, W_enc, latent_bias, pre_bias = make(6, n_latents, 64, torch.bfloat16)
+    latent_bias[torch.arange(n_latents) // 256 % 16 == 0] -= 0.7  # the sample is below the others
+    values, indices = encode_topk(x, W_enc, latent_bias, pre_bias, k)
+    assert [int(c) for c in redone.counters[0]] == [6, 0, 6]
+    pre_acts = pre_activations(x, W_enc, latent_bias, pre_bias)
+    assert_consistent(values, indices, pre_acts, k)
+    assert recall(indices, pre_acts, k) == 1
+
+
 def test_segments_of_latents_are_merged(monkeypatch):
     monkeypatch.setattr(kernel, "SEGMENT", 4096)
     tensors = make(3, 4096 * 2 + 100, 16)
@@ -115,15 +185,34 @@ def test_segments_of_latents_are_merged(monkeypatch):
     assert recall(indices, pre_acts, 9) == 1
 
 
+def test_chunks_of_tokens_bound_the_memory():
+    W = torch.empty(131_072, 768, dtype=torch.bfloat16, device="meta")
+    assert kernel._rows_at_once(W, 32, strict=True) == 65_536
+    for k in (1, 64, 256):
+        rows = kernel._rows_at_once(W, k, strict=True)
+        assert 2 * rows * 131_072 / 16 <= kernel.SAMPLE_BYTES
+        assert 32 * rows * kernel._plan(W, k, kernel.FIRST).capacity <= kernel.KEPT_BYTES
+
+
 @pytest.mark.slow
-def test_chunks_of_tokens_change_nothing(monkeypatch):
-    tensors = make(130, 4096, 16)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, "SAMPLE_BYTES"), (torch.bfloat16, "KEPT_BYTES")])
+def test_chunks_of_tokens_change_nothing(dtype, bound, monkeypatch):
+    tensors = make(130, 4096, 16, dtype)
     whole = encode_topk(*tensors, 4)
-    monkeypatch.setattr(kernel, "SAMPLE_BYTES", 128 * 2 * 256)
+    monkeypatch.setattr(kernel, bound, 1)  # chunks have 128 rows at least
     parts = encode_topk(*tensors, 4)
     assert len(redone.counters) == 2
     assert torch.equal(whole[0], parts[0])
     assert torch.equal(whole[1], parts[1])
+
+
+def test_a_latent_that_is_not_a_number_takes_a_place_and_counts_as_zero():
+    x, W_enc, latent_bias, pre_bias = make(3, 4096, 16, torch.bfloat16)
+    W_enc[1000], latent_bias[1001] = float("nan"), 20.0  # of one group
+    values, indices = encode_topk(x, W_enc, latent_bias, pre_bias, 2)
+    assert indices.tolist() == [[1001, 1000]] * 3
+    assert (values[:, 0] > 10).all()
+    assert (values[:, 1] == 0).all()
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter's

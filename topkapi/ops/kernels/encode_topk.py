@@ -3,20 +3,23 @@
 1. Sample: pre-activations of every 16th tile of latents, written as bf16. The row's j-th largest group maximum there
    is its bound: a guess just below the k-th largest pre-activation of all, of rank about 16 j.
 2. Screen (`screen`): the matmul over the other latents keeps, of each row, the groups of 8 columns whose maximum
-   reaches the bound, about 16 j of them: 3 KB a row at k = 32 instead of 256 KB at 131 072 latents.
+   reaches the bound, about 16 j of them: 3 to 5 KB a row at k = 32 instead of 256 KB at 131 072 latents.
 3. Select (`select`): the candidates are, of the kept groups, all columns within a margin of the k-th largest value, or
    with fp8 screening the 2 k largest (at least 1.25 k, as ties are taken together).
-4. Re-score: candidates' dot products in float32, from the operands as given; the k largest stay.
+4. Re-score (`select`): candidates' dot products in float32, from the operands as given; the k largest stay. Those are
+   known already where the screen's operands are 16-bit and as given (strict): its kept values are float32 sums from the
+   matrix units, and only the sample's candidates, 1 in 16, are scored again.
 5. A row is redone with a lower bound if it kept too few or too many groups, or if candidates reach below its bound. If
    that fails too (ties without end, not a number), one program computes its pre-activations one by one.
 
-With 16-bit operands and bf16 screening the result is exact: a kept value is a float32 sum rounded to bf16, and the
-margin covers that rounding. With float32 operands, screened as bf16, and with fp8 screening, screened sums differ from
-the exact ones; margin and 2 k are several standard deviations of that. docs/performance.md has the recall.
+With 16-bit operands and bf16 screening (strict) the result is exact to the rounding of float32 sums: candidates are
+found by their values rounded to bf16, and the margin covers that rounding. With float32 operands, screened as
+bf16, and with fp8 screening, kept values are stored in bf16 and differ from the exact ones, and all candidates are
+scored again; margin and 2 k are several standard deviations of the difference. docs/performance.md has the recall.
 
-Traffic for n tokens: sample 2 * 2 n n_latents / 16 bytes, kept groups 2 * 20 * 16 j n, candidates (k to 2 k)
-d_model bytes_of(W_enc) n. Deterministic: groups arrive in any order, but which arrive and what is selected depend on
-values and columns alone.
+Traffic for n tokens: sample 2 * 2 n n_latents / 16 bytes, kept groups 2 * 20 * 16 j n (strict: 36 for 20), rows of
+W_enc scored again (k to 2 k) d_model bytes_of(W_enc) n (strict: a 16th of that). Deterministic: groups arrive in any
+order, but which arrive and what is selected depend on values and columns alone.
 """
 
 import math
@@ -40,6 +43,7 @@ GROUP = 8
 LARGEST_K = 256  # above it the candidates of a row no longer fit registers
 SEGMENT = 2**20  # latents at a time
 SAMPLE_BYTES = 2**30 + 2**27  # of sampled pre-activations held at a time
+KEPT_BYTES = 2**29 + 2**27  # of kept values held at a time: 65 536 rows' at k 32
 FIRST, SECOND = 2e-3, 1e-10  # chances that the sample misleads about a row's bound, and about its second
 STRICT_MARGIN, BF16_MARGIN = 0.0043, 0.010  # of the k-th largest value, see above
 SINGLE_BYTES = 2**27  # of pre-activations of single rows
@@ -60,9 +64,22 @@ class Tiles(NamedTuple):
     """A multiprocessor."""
 
 
+class Rescoring(NamedTuple):
+    """How a program goes through the rows of W_enc that it scores again."""
+
+    rows: int
+    """At a time, at most,"""
+    elements: int
+    """and of no more elements together than these, unless one row has more."""
+    warp_elements: int
+    """Elements of a row for each warp."""
+    num_stages: int = 1
+    """Above 1 rows are fetched ahead, through copies that several lanes make of the same bytes."""
+
+
 TILES = {2: Tiles(128, 256, 64, 8, 3, 8), 1: Tiles(128, 256, 128, 8, 4, 12)}  # by bytes of an operand
-BOUND_WARPS, SELECT_WARPS, RESCORE_WARPS = 4, 4, 1  # at d_model 768, k 32, 131 072 latents
-RESCORED_TOGETHER = 4  # rows of the weight
+BOUND_WARPS, SELECT_WARPS = 4, 4  # at d_model 768, k 32, 131 072 latents
+RESCORING = Rescoring(rows=4, elements=4096, warp_elements=1024)
 
 
 @dataclass
@@ -134,15 +151,30 @@ def _encode(
         W, W_scale = quantised(W_enc)
     elif W_enc.dtype == torch.float32:
         W = W_enc.to(torch.bfloat16)
-    n_sampled_columns = len(W) // SAMPLE_EVERY  # at most
-    rows = max(128, SAMPLE_BYTES // (2 * n_sampled_columns) // 128 * 128)  # chunks of tokens bound the memory,
-    rows = min(rows, 2**17)  # and keep offsets of kept groups within 32 bits
+    rows = _rows_at_once(W, k, strict=W is W_enc)
     for start in range(0, len(centred), rows):
         part = slice(start, start + rows)
         some = centred[part]
         x, scales = quantised_rows(some, W_scale) if W_scale is not None else (some.to(W.dtype), None)
         _Encoder(some, W_enc, latent_bias, k, x, W, scales).run(values[part], indices[part])
     return values, indices
+
+
+def _rows_at_once(W: Tensor, k: int, strict: bool) -> int:
+    """Tokens in a chunk: few enough to bound the memory, and so that numbers of groups stay within 32 bits."""
+    sampled = _n_sampled(W) * TILES[W.element_size()].latents * torch.bfloat16.itemsize
+    kept = _plan(W, k, FIRST).capacity * GROUP * _kept_type(strict).itemsize
+    return max(128, min(SAMPLE_BYTES // sampled, KEPT_BYTES // kept) // 128 * 128)
+
+
+def _n_sampled(W: Tensor) -> int:
+    """Tiles of latents in the sample."""
+    return len(W) // (TILES[W.element_size()].latents * SAMPLE_EVERY)
+
+
+def _kept_type(strict: bool) -> torch.dtype:
+    """What kept values are stored as: bf16 where they are scored again."""
+    return torch.float32 if strict else torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -196,7 +228,7 @@ class _Encoder:
     @property
     def n_sampled(self) -> int:
         """Tiles of latents in the sample."""
-        return len(self.W) // (self.tiles.latents * SAMPLE_EVERY)
+        return _n_sampled(self.W)
 
     @property
     def strict(self) -> bool:
@@ -231,7 +263,7 @@ class _Encoder:
         """The matmul of `x` (counters[2] rows of it, where given) with the sampled latents, or with the others."""
         tiles = self.tiles
         if kept is None:
-            kept = _Kept(sample, sample, sample, sample)  # never read
+            kept = _Kept(*[sample] * len(_Kept._fields))  # never read
         screen[(self.programs,)](
             TensorDescriptor.from_tensor(x, [tiles.rows, tiles.depth]),
             TensorDescriptor.from_tensor(self.W, [tiles.latents, tiles.depth]),
@@ -245,14 +277,12 @@ class _Encoder:
 
     def _bound(self, sample: Tensor, n: int, chance: float, failed: Tensor, counters: Tensor, second: bool) -> "_Kept":
         """Bounds of the rows, or of those that failed, and lists that begin with the sample's groups."""
-        width = sample.shape[1]
-        needed = math.ceil(1.15 * self.k if self.scales is None else 1.6 * self.k)
-        plan = _plan(needed, width / len(self.W), chance)
-        kept = _Kept.empty(n, plan.capacity, sample.device)
+        width, plan = sample.shape[1], _plan(self.W, self.k, chance)
+        kept = _Kept.empty(n, plan.capacity, _kept_type(self.strict), sample.device)
         bound_rows[(n,)](
-            sample, kept.count, kept.group, kept.value, kept.bound, failed, counters, width, plan.capacity, plan.rank,
-            SECOND=second, GROUPS=triton.next_power_of_2(width // GROUP), TILE_GROUPS=self.tiles.latents // GROUP,
-            EVERY=SAMPLE_EVERY, num_warps=_warps(width, BOUND_WARPS),
+            sample, kept.count, kept.of_sample, kept.group, kept.value, kept.bound, failed, counters, width,
+            plan.capacity, plan.rank, SECOND=second, GROUPS=triton.next_power_of_2(width // GROUP),
+            TILE_GROUPS=self.tiles.latents // GROUP, EVERY=SAMPLE_EVERY, num_warps=_warps(width, BOUND_WARPS),
         )  # fmt: skip
         return kept
 
@@ -263,19 +293,20 @@ class _Encoder:
         n, capacity = kept.group.shape
         C, second = self.n_candidates, rows is not None
         candidates = torch.empty(n, C, dtype=torch.int32, device=failed.device)
+        places = torch.empty_like(candidates) if self.strict else None
         n_found = torch.empty(n, dtype=torch.int32, device=failed.device)
         select_candidates[(n,)](
-            kept.count, kept.group, kept.value, kept.bound, candidates, n_found, rows, failed, counters, self.k,
-            capacity, self.margin, STRICT=self.strict, WIDE=self.scales is not None, SECOND=second, C=C,
+            kept.count, kept.group, kept.value, kept.bound, candidates, places, n_found, rows, failed, counters,
+            self.k, capacity, self.margin, STRICT=self.strict, WIDE=self.scales is not None, SECOND=second, C=C,
             LARGE=triton.next_power_of_2(capacity),
             num_warps=_warps(GROUP * capacity, SELECT_WARPS),
         )  # fmt: skip
         BD = triton.next_power_of_2(self.d_model)
         rescore[(n,)](
-            self.centred, self.W_enc, self.latent_bias, candidates, n_found, rows, counters, values, indices,
-            self.d_model, self.k, SECOND=second, C=C, BD=BD,
-            R=max(1, min(RESCORED_TOGETHER, 1024 * RESCORED_TOGETHER // BD)),
-            num_warps=_warps(RESCORED_TOGETHER * BD, RESCORE_WARPS),
+            self.centred, self.W_enc, self.latent_bias, candidates, places, n_found, kept.of_sample, kept.value, rows,
+            counters, values, indices, self.d_model, self.k, capacity, STRICT=self.strict, SECOND=second, C=C, BD=BD,
+            R=max(1, min(RESCORING.rows, RESCORING.elements // BD)), STAGES=RESCORING.num_stages,
+            num_warps=max(1, min(16, BD // RESCORING.warp_elements)),
         )  # fmt: skip
 
     def _encode_single_rows(
@@ -297,16 +328,19 @@ class _Kept(NamedTuple):
     """Groups that reached their row's bound."""
 
     count: Int[Tensor, " n"]
+    of_sample: Int[Tensor, " n"]
+    """How many of them are of the sample; they come first."""
     group: Int[Tensor, "n capacity"]
     value: Float[Tensor, "n capacity group"]
     bound: Float[Tensor, " n"]
 
     @classmethod
-    def empty(cls, n: int, capacity: int, device: torch.device) -> "_Kept":
+    def empty(cls, n: int, capacity: int, dtype: torch.dtype, device: torch.device) -> "_Kept":
         return cls(
             torch.empty(n, dtype=torch.int32, device=device),
+            torch.empty(n, dtype=torch.int32, device=device),
             torch.empty(n, capacity, dtype=torch.int32, device=device),
-            torch.empty(n, capacity, GROUP, dtype=torch.bfloat16, device=device),
+            torch.empty(n, capacity, GROUP, dtype=dtype, device=device),
             torch.empty(n, dtype=torch.float32, device=device),
         )
 
@@ -319,8 +353,14 @@ class _Plan(NamedTuple):
     capacity: int
 
 
+def _plan(W: Tensor, k: int, chance: float) -> _Plan:
+    """For what is screened with W; fp8 needs more than k columns to choose from."""
+    sampled = _n_sampled(W) * TILES[W.element_size()].latents
+    return _smallest_plan(math.ceil((1.6 if W.element_size() == 1 else 1.15) * k), sampled / len(W), chance)
+
+
 @lru_cache
-def _plan(needed: int, fraction: float, chance: float) -> _Plan:
+def _smallest_plan(needed: int, fraction: float, chance: float) -> _Plan:
     """The smallest rank that leaves out one of the `needed` largest columns by `chance`, and the capacity to match.
 
     Latents are in no particular order and the sample spreads over them, so that how many of the r largest columns are

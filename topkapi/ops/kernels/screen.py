@@ -5,8 +5,9 @@ memory accelerator. Its output goes one of two ways:
 
 - SAMPLE: pre-activations of every EVERY-th tile of latents, as bf16, all of them.
 - otherwise, over the other tiles: a group is the 8 columns 8 i + 2 q + {0, 1}, i in 0..3, of 32 that one thread holds
-  of a row. A group whose maximum reaches the row's bound is appended to the row's list, 16 bytes of values and 4 of its
-  number. Nothing crosses threads but one atomic a row, quarter and tile.
+  of a row. A group whose maximum reaches the row's bound is appended to the row's list, values and number. Values are
+  the accumulator's float32 sums, 32 bytes, where the list is float32, and rounded to bf16, 16 bytes, where it is bf16.
+  Nothing crosses threads but one atomic a row, quarter and tile.
 
 On Hopper values are stored straight from the accumulator's registers; elsewhere Triton moves the tile through shared
 memory first (docs/LOG.md has the difference).
@@ -19,13 +20,13 @@ import triton
 import triton.language as tl
 
 
-def _stores(values: int, numbers: int = 0) -> str:
+def _stores(values: int, numbers: int = 0, exact: bool = False) -> str:
     """Stores from the matmul's own register layout, so that nothing moves through shared memory.
 
     The 16 values of a thread, operands $4 to $19, are a group of each of two rows, 8 apart: registers 0 1 4 5 8 9 12 13
-    and 2 3 6 7 10 11 14 15. $20 to $35 are slots (-1: not stored). Every other operand comes 16 times too: the address
-    of slot 0's values from $`values` on and, where groups' numbers are stored, these from $36 and their address from
-    $`numbers` on.
+    and 2 3 6 7 10 11 14 15. They are stored in this order, as bf16 or, if `exact`, as they are. $20 to $35 are slots
+    (-1: not stored). Every other operand comes 16 times too: the address of slot 0's values from $`values` on and,
+    where groups' numbers are stored, these from $36 and their address from $`numbers` on.
     """
     text = """{
     .reg .pred p, r;
@@ -36,12 +37,16 @@ def _stores(values: int, numbers: int = 0) -> str:
     setp.ge.s32 r, $22, 0;
 """
     for row, (stored, after) in enumerate((("p", "SECOND"), ("r", "DONE"))):
-        text += f"    @!{stored} bra {after};\n"
-        for pair, register in enumerate("abcd"):
-            low = 4 + 4 * pair + 2 * row
-            text += f"    cvt.rn.bf16x2.f32 {register}, ${low + 1}, ${low};\n"
-        slot = 20 + 2 * row
-        text += f"    mad.wide.s32 to, ${slot}, 16, ${values};\n    st.global.v4.b32 [to], {{a, b, c, d}};\n"
+        slot, lows = 20 + 2 * row, [4 + 4 * pair + 2 * row for pair in range(4)]
+        text += f"    @!{stored} bra {after};\n    mad.wide.s32 to, ${slot}, {32 if exact else 16}, ${values};\n"
+        if exact:
+            for at, (low, next_low) in ((0, lows[:2]), (16, lows[2:])):
+                four = f"${low}, ${low + 1}, ${next_low}, ${next_low + 1}"
+                text += f"    st.global.v4.f32 [to + {at}], {{{four}}};\n"
+        else:
+            for register, low in zip("abcd", lows, strict=True):
+                text += f"    cvt.rn.bf16x2.f32 {register}, ${low + 1}, ${low};\n"
+            text += "    st.global.v4.b32 [to], {a, b, c, d};\n"
         if numbers:
             text += f"    mad.wide.s32 to, ${slot}, 4, ${numbers};\n    st.global.b32 [to], ${36 + 2 * row};\n"
         text += f"{after}:\n"
@@ -49,6 +54,7 @@ def _stores(values: int, numbers: int = 0) -> str:
 
 
 STORE_GROUPS = tl.constexpr(_stores(values=52, numbers=68))
+STORE_EXACT_GROUPS = tl.constexpr(_stores(values=52, numbers=68, exact=True))
 STORE_SAMPLE = tl.constexpr(_stores(values=36))
 ATOMIC_ADD = tl.constexpr("""{
     .reg .pred p;
@@ -139,9 +145,10 @@ def screen(
             keep = (hit > 0) & (at < capacity)
             at += rows[:, None, None] * capacity
             number = latent_tile * (BN // 8) + block * 4 + q + tl.zeros((BM, NB, 4), tl.int32)
+            EXACT: tl.constexpr = value_ptr.dtype.element_ty == tl.float32
             if DIRECT:
                 tl.inline_asm_elementwise(
-                    STORE_GROUPS,
+                    STORE_EXACT_GROUPS if EXACT else STORE_GROUPS,
                     "=r,=r,=r,=r" + ",f" * 16 + ",r" * 32 + ",l" * 32,
                     [
                         groups,
@@ -157,7 +164,7 @@ def screen(
             else:
                 tl.store(group_ptr + at, number, mask=keep)
                 to = (at.to(tl.int64) * 8)[:, :, :, None] + tl.arange(0, 8)
-                tl.store(value_ptr + to, groups.to(tl.bfloat16), mask=keep[:, :, :, None])
+                tl.store(value_ptr + to, groups.to(value_ptr.dtype.element_ty), mask=keep[:, :, :, None])
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """From kept groups to the k largest pre-activations of a row: bound, candidates, exact scores, and single rows.
 
 One program a row everywhere. Values are compared as integers in the order of bf16 numbers, thresholds are found by
-bisection over them.
+bisection over them. STRICT: kept values are float32 sums of the very operands that scores are made of. They are the
+scores of all candidates but the sample's, whose values were rounded to bf16 before.
 """
 
 import triton
@@ -36,8 +37,8 @@ def _largest_with(key, wanted, low, high):
 
 @triton.jit
 def bound_rows(
-    sample_ptr, count_ptr, group_ptr, value_ptr, bound_ptr, failed_ptr, counter_ptr, width, capacity, rank,
-    SECOND: tl.constexpr, GROUPS: tl.constexpr, TILE_GROUPS: tl.constexpr, EVERY: tl.constexpr,
+    sample_ptr, count_ptr, of_sample_ptr, group_ptr, value_ptr, bound_ptr, failed_ptr, counter_ptr, width, capacity,
+    rank, SECOND: tl.constexpr, GROUPS: tl.constexpr, TILE_GROUPS: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
     """A row's bound, and the groups of its sample that reach it."""
     slot = tl.program_id(0)
@@ -58,8 +59,11 @@ def bound_rows(
     to += slot.to(tl.int64) * capacity
     tile = g // TILE_GROUPS  # of the sample
     tl.store(group_ptr + to, tile * (EVERY * TILE_GROUPS) + g % TILE_GROUPS, mask=keep)
-    tl.store(value_ptr + to[:, None] * 8 + e[None, :], values, mask=keep[:, None] & (e >= 0)[None, :])
-    tl.store(count_ptr + slot, tl.sum(hit.to(tl.int32)))
+    kept = values.to(value_ptr.dtype.element_ty)
+    tl.store(value_ptr + to[:, None] * 8 + e[None, :], kept, mask=keep[:, None] & (e >= 0)[None, :])
+    n_hits = tl.sum(hit.to(tl.int32))
+    tl.store(count_ptr + slot, n_hits)  # to which the screen adds the other tiles' groups
+    tl.store(of_sample_ptr + slot, n_hits)
     tl.store(bound_ptr + slot, _value(reached))
 
 
@@ -83,17 +87,38 @@ def copy_rows(
 
 
 @triton.jit
+def _group_values(value_ptr, at, live, GROUPS: tl.constexpr):
+    """Values (GROUPS, 8) of groups, and the columns of a group that they belong to.
+
+    A thread holds whole groups. It loads float32 ones in halves, whose columns then alternate: put in order, or loaded
+    in one piece, they would move between threads.
+    """
+    if value_ptr.dtype.element_ty == tl.float32:
+        half = tl.arange(0, 4)
+        to = value_ptr + at[:, None] * 8 + half[None, :]
+        live2 = live[:, None] & (half >= 0)[None, :]
+        low = tl.load(to, mask=live2, other=float("-inf"))
+        high = tl.load(to + 4, mask=live2, other=float("-inf"))
+        values = tl.reshape(tl.join(low, high), (GROUPS, 8))
+        e = tl.reshape(tl.join(half, half + 4), (8,))
+    else:
+        e = tl.arange(0, 8)
+        live2 = live[:, None] & (e >= 0)[None, :]
+        values = tl.load(value_ptr + at[:, None] * 8 + e[None, :], mask=live2, other=float("-inf"))
+    return values, e
+
+
+@triton.jit
 def _candidates(
-    slot, n_kept, group_ptr, value_ptr, bound, out_ptr, k, capacity, margin,
+    slot, n_kept, group_ptr, value_ptr, bound, out_ptr, place_ptr, k, capacity, margin,
     STRICT: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Write a row's candidates and return their number; 0 if they cannot be trusted."""
-    g, e = tl.arange(0, GROUPS), tl.arange(0, 8)
+    g = tl.arange(0, GROUPS)
     live = g < n_kept
     at = slot.to(tl.int64) * capacity + g
-    live2 = live[:, None] & (e >= 0)[None, :]
-    values = tl.load(value_ptr + at[:, None] * 8 + e[None, :], mask=live2, other=float("-inf"))
-    key = tl.where(live2, _key(values), -1)
+    values, e = _group_values(value_ptr, at, live, GROUPS)
+    key = tl.where(live[:, None], _key(values.to(tl.bfloat16)), -1)
     first = _key(bound.to(tl.bfloat16))
     if WIDE:
         reaches = True
@@ -117,15 +142,22 @@ def _candidates(
     group = tl.load(group_ptr + at, mask=live, other=0)
     latent = (group // 4 * 32 + group % 4 * 2)[:, None] + (e // 2 * 8 + e % 2)[None, :]
     tl.store(out_ptr + slot.to(tl.int64) * C + to, latent, mask=(take > 0) & (to < C))
+    if STRICT:
+        place = g[:, None] * 8 + e[None, :]
+        tl.store(place_ptr + slot.to(tl.int64) * C + to, place, mask=(take > 0) & (to < C))
     return tl.where(trusted, n_found, 0)
 
 
 @triton.jit
 def select_candidates(
-    count_ptr, group_ptr, value_ptr, bound_ptr, out_ptr, n_found_ptr, rows_ptr, failed_ptr, counter_ptr, k, capacity,
-    margin, STRICT: tl.constexpr, WIDE: tl.constexpr, SECOND: tl.constexpr, C: tl.constexpr, LARGE: tl.constexpr,
+    count_ptr, group_ptr, value_ptr, bound_ptr, out_ptr, place_ptr, n_found_ptr, rows_ptr, failed_ptr, counter_ptr, k,
+    capacity, margin,
+    STRICT: tl.constexpr, WIDE: tl.constexpr, SECOND: tl.constexpr, C: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
-    """Candidates of each row; rows that cannot be trusted are listed as failed. Most rows need a small tile."""
+    """Candidates of each row, group by group as they were kept; if STRICT, also their places among its kept values.
+
+    Rows that cannot be trusted are listed as failed. Most rows need a small tile.
+    """
     slot = tl.program_id(0)
     row = slot
     if SECOND:
@@ -137,16 +169,19 @@ def select_candidates(
     n_found = 0
     if n_kept <= LARGE // 4:
         n_found = _candidates(
-            slot, n_kept, group_ptr, value_ptr, bound, out_ptr, k, capacity, margin, STRICT, WIDE, C, LARGE // 4
-        )
+            slot, n_kept, group_ptr, value_ptr, bound, out_ptr, place_ptr, k, capacity, margin,
+            STRICT, WIDE, C, LARGE // 4,
+        )  # fmt: skip
     elif n_kept <= LARGE // 2:
         n_found = _candidates(
-            slot, n_kept, group_ptr, value_ptr, bound, out_ptr, k, capacity, margin, STRICT, WIDE, C, LARGE // 2
-        )
+            slot, n_kept, group_ptr, value_ptr, bound, out_ptr, place_ptr, k, capacity, margin,
+            STRICT, WIDE, C, LARGE // 2,
+        )  # fmt: skip
     elif n_kept <= capacity:
         n_found = _candidates(
-            slot, n_kept, group_ptr, value_ptr, bound, out_ptr, k, capacity, margin, STRICT, WIDE, C, LARGE
-        )
+            slot, n_kept, group_ptr, value_ptr, bound, out_ptr, place_ptr, k, capacity, margin,
+            STRICT, WIDE, C, LARGE,
+        )  # fmt: skip
     tl.store(n_found_ptr + slot, n_found)
     if n_found == 0:
         place = tl.atomic_add(counter_ptr + SECOND, 1, sem="relaxed")
@@ -155,8 +190,9 @@ def select_candidates(
 
 @triton.jit
 def rescore(
-    x_ptr, w_ptr, bias_ptr, candidate_ptr, n_found_ptr, rows_ptr, counter_ptr, value_ptr, index_ptr, d_model, k,
-    SECOND: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, R: tl.constexpr,
+    x_ptr, w_ptr, bias_ptr, candidate_ptr, place_ptr, n_found_ptr, of_sample_ptr, kept_ptr, rows_ptr, counter_ptr,
+    value_ptr, index_ptr, d_model, k, capacity, STRICT: tl.constexpr, SECOND: tl.constexpr, C: tl.constexpr,
+    BD: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Exact pre-activations of a row's candidates; the k largest, by value and then column."""
     slot = tl.program_id(0).to(tl.int64)
@@ -171,13 +207,20 @@ def rescore(
         inside = d < d_model
         x = tl.load(x_ptr + row * d_model + d, mask=inside, other=0.0).to(tl.float32)
         score = tl.full((C,), float("-inf"), tl.float32)
-        for start in range(0, n_found, R):
+        to_score = n_found
+        if STRICT:  # what is to be scored, the sample's, comes first
+            place = tl.load(place_ptr + slot * C + c, mask=c < n_found, other=0)
+            is_score = (c < n_found) & (place >= tl.load(of_sample_ptr + slot) * 8)
+            to_score -= tl.sum(is_score.to(tl.int32))
+            kept = tl.load(kept_ptr + slot * capacity * 8 + place, mask=is_score, other=float("-inf"))
+            score = tl.maximum(score, kept)  # which leaves out what is not a number, as below
+        for start in tl.range(0, to_score, R, num_stages=STAGES):
             some = start + tl.arange(0, R)
-            latent = tl.load(candidate_ptr + slot * C + some, mask=some < n_found, other=0).to(tl.int64)
+            latent = tl.load(candidate_ptr + slot * C + some, mask=some < to_score, other=0).to(tl.int64)
             at = latent[:, None] * d_model + d[None, :]
-            w = tl.load(w_ptr + at, mask=(some < n_found)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            w = tl.load(w_ptr + at, mask=(some < to_score)[:, None] & inside[None, :], other=0.0).to(tl.float32)
             dots = tl.sum(w * x[None, :], 1) + tl.load(bias_ptr + latent)
-            here = (c[:, None] == some[None, :]) & (some < n_found)[None, :]
+            here = (c[:, None] == some[None, :]) & (some < to_score)[None, :]
             score = tl.maximum(score, tl.max(tl.where(here, dots[None, :], float("-inf")), 1))
         latent = tl.load(candidate_ptr + slot * C + c, mask=c < n_found, other=0)
         # descending by value, then ascending by column, as one integer
