@@ -64,22 +64,9 @@ class Tiles(NamedTuple):
     """A multiprocessor."""
 
 
-class Rescoring(NamedTuple):
-    """How a program goes through the rows of W_enc that it scores again."""
-
-    rows: int
-    """At a time, at most,"""
-    elements: int
-    """and of no more elements together than these, unless one row has more."""
-    warp_elements: int
-    """Elements of a row for each warp."""
-    num_stages: int = 1
-    """Above 1 rows are fetched ahead, through copies that several lanes make of the same bytes."""
-
-
 TILES = {2: Tiles(128, 256, 64, 8, 3, 8), 1: Tiles(128, 256, 128, 8, 4, 12)}  # by bytes of an operand
 BOUND_WARPS, SELECT_WARPS = 4, 4  # at d_model 768, k 32, 131 072 latents
-RESCORING = Rescoring(rows=4, elements=4096, warp_elements=1024)
+RESCORED, RESCORED_ELEMENTS = 4, 2**14  # rows of the weight that are scored again at a time, and their elements at most
 
 
 @dataclass
@@ -305,8 +292,8 @@ class _Encoder:
         rescore[(n,)](
             self.centred, self.W_enc, self.latent_bias, candidates, places, n_found, kept.of_sample, kept.value, rows,
             counters, values, indices, self.d_model, self.k, capacity, STRICT=self.strict, SECOND=second, C=C, BD=BD,
-            R=max(1, min(RESCORING.rows, RESCORING.elements // BD)), STAGES=RESCORING.num_stages,
-            num_warps=max(1, min(16, BD // RESCORING.warp_elements)),
+            R=max(1, min(RESCORED, RESCORED_ELEMENTS // BD)),
+            num_warps=1 if BD <= 1024 else min(16, BD // 512),
         )  # fmt: skip
 
     def _encode_single_rows(

@@ -192,7 +192,7 @@ def select_candidates(
 def rescore(
     x_ptr, w_ptr, bias_ptr, candidate_ptr, place_ptr, n_found_ptr, of_sample_ptr, kept_ptr, rows_ptr, counter_ptr,
     value_ptr, index_ptr, d_model, k, capacity, STRICT: tl.constexpr, SECOND: tl.constexpr, C: tl.constexpr,
-    BD: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
+    BD: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Exact pre-activations of a row's candidates; the k largest, by value and then column."""
     slot = tl.program_id(0).to(tl.int64)
@@ -214,7 +214,7 @@ def rescore(
             to_score -= tl.sum(is_score.to(tl.int32))
             kept = tl.load(kept_ptr + slot * capacity * 8 + place, mask=is_score, other=float("-inf"))
             score = tl.maximum(score, kept)  # which leaves out what is not a number, as below
-        for start in tl.range(0, to_score, R, num_stages=STAGES):
+        for start in range(0, to_score, R):
             some = start + tl.arange(0, R)
             latent = tl.load(candidate_ptr + slot * C + some, mask=some < to_score, other=0).to(tl.int64)
             at = latent[:, None] * d_model + d[None, :]
