@@ -29,9 +29,7 @@ def made(n: int, n_shards: int, width: int, distinct: int, seed: int) -> tuple[t
     return values.to(DEVICE), indices.to(DEVICE)
 
 
-def by_sorting(
-    values: torch.Tensor, indices: torch.Tensor, shard: int, k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def by_sorting(values: torch.Tensor, indices: torch.Tensor, shard: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     n_shards, n, width = values.shape
     flat = values.transpose(0, 1).reshape(n, n_shards * width)
     chosen = flat.sort(dim=1, descending=True, stable=True).indices[:, :k]

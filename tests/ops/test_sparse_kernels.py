@@ -85,7 +85,9 @@ def test_nobody_takes_part_in_nothing(shape: tuple[int, int, int, int], dtype: t
     code.values[torch.rand(code.values.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.6] = 0
     dropped = code.values == 0
     nobodys = torch.where(dropped, n_latents, code.indices)
-    beyond = torch.cat([weight, torch.full_like(weight[:1], torch.nan)])[:n_latents]  # what a read of row n_latents finds
+    beyond = torch.cat([weight, torch.full_like(weight[:1], torch.nan)])[
+        :n_latents
+    ]  # what a read of row n_latents finds
     order = weight_gradients.order_by_latent(nobodys, n_latents)
     assert torch.equal(order.offsets.long(), reference.order_by_latent(nobodys, n_latents).offsets)
     plain = reference.order_by_latent(code.indices, n_latents)

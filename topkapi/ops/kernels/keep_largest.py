@@ -67,7 +67,9 @@ def _keep_largest(
         n_low = tl.where(enough, n_middle, n_low)
         high = tl.where(enough, high, middle)
     # with more than k left they are equal at the edge: lower shards go first
-    room = k - tl.sum((theirs >= high).to(tl.int32), 0) - tl.sum(((theirs == low) & (j < shard * width)).to(tl.int32), 0)
+    room = (
+        k - tl.sum((theirs >= high).to(tl.int32), 0) - tl.sum(((theirs == low) & (j < shard * width)).to(tl.int32), 0)
+    )
 
     i = tl.arange(0, OWN)
     value = tl.load(value_ptr + row * width + i, mask=i < width, other=0.0)
