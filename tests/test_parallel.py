@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parallel_worker import DEAD_AFTER, LIMIT, Case, batches, cases, course, made
+from tests.parallel_worker import DEAD_AFTER, LIMIT, Case, batches, cases, course, kernel_cases, made
 from topkapi.config import AuxKConfig, LossConfig, ModelConfig, ParallelConfig, TrainConfig
 from topkapi.errors import TopkapiError
 from topkapi.exchange import candidates, candidates_of, cheaper_exchange
@@ -84,6 +84,18 @@ def joined(ranks: list[dict[str, Any]], case: Case) -> dict[str, torch.Tensor]:
     return ranks[0]["whole"] | {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
 
 
+def assert_equal(ranks: list[dict[str, Any]], one: dict[str, Any], case: Case) -> None:
+    """What the ranks found is what one process found."""
+    ours, wanted = joined(ranks, case), one["whole"] | one["shard"]
+    assert ours.keys() == wanted.keys()
+    for what, tensor in wanted.items():
+        if case.dtype == torch.float64:
+            tolerance = 1e-10
+        else:  # Adam divides by the root of small gradients' squares: rounding errors grow from step to step
+            tolerance = 1e-5 if what.endswith((" 0", " first")) else 2e-3
+        assert_same(what, ours[what], tensor, tolerance)
+
+
 def assert_same(name: str, ours: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
     assert ours.shape == wanted.shape, name
     if wanted.dtype in (torch.bool, torch.int64):
@@ -93,20 +105,18 @@ def assert_same(name: str, ours: torch.Tensor, wanted: torch.Tensor, tolerance: 
         assert float((ours.double() - wanted.double()).abs().max()) <= tolerance * (1e-3 + size), name
 
 
-@pytest.mark.parametrize(("world", "name"), NAMES)
+@pytest.mark.parametrize(("world", "name"), [case for case in NAMES if "capacity" not in case.values[1]])
 def test_a_mesh_trains_what_one_process_trains(world: int, name: str, worlds: Any, alone: Any) -> None:
     case = cases(world)[name]
-    if case.parallel.selection == "capacity":
-        pytest.skip("not exact; see below")
-    ours, one = joined(worlds(world)[name], case), alone(case)
-    wanted = one["whole"] | one["shard"]
-    assert ours.keys() == wanted.keys()
-    for what, tensor in wanted.items():
-        if case.dtype == torch.float64:
-            tolerance = 1e-10
-        else:  # Adam divides by the root of small gradients' squares: rounding errors grow from step to step
-            tolerance = 1e-5 if what.endswith((" 0", " first")) else 2e-3
-        assert_same(what, ours[what], tensor, tolerance)
+    assert_equal(worlds(world)[name], alone(case), case)
+
+
+@pytest.mark.slow
+def test_kernels_do_the_same(tmp_path: Path, alone: Any) -> None:
+    pytest.importorskip("triton")
+    run(2, tmp_path, list(kernel_cases()))
+    for name, case in kernel_cases().items():
+        assert_equal([torch.load(tmp_path / f"{name}-{rank}.pt") for rank in range(2)], alone(case), case)
 
 
 @pytest.mark.parametrize(("world", "name"), NAMES)
@@ -161,7 +171,7 @@ def test_the_share_lost_is_counted(world: int, worlds: Any) -> None:
             lost += int((mine & (values < put_forward)).sum())
         measured = float(worlds(world)[name][0]["whole"]["lost 0"])
         assert lost > 0
-        assert measured == pytest.approx(lost / int((values > 0).sum()), abs=1e-12)
+        assert measured == pytest.approx(lost / int((values > 0).sum()), abs=1e-6)
 
 
 def test_exact_selection_loses_nothing_where_one_shard_has_all(alone: Any) -> None:
@@ -196,7 +206,7 @@ def test_candidates_follow_the_capacity_and_its_bounds() -> None:
 
 @pytest.mark.parametrize("k", [32, 256])
 def test_shards_of_random_latents_lose_what_the_binomial_says(k: int) -> None:
-    n, n_latents = 1500, 16_384
+    n, n_latents = 300, 131_072  # so many that drawing without putting back is the same
     generator = torch.Generator().manual_seed(k)
     pre_acts = torch.rand(n, n_latents, generator=generator)
     latents = pre_acts.topk(k).indices
