@@ -11,6 +11,7 @@ ordered with the work of the current stream before and after it. `topkapi` is la
     torchrun --nproc-per-node 8 -m topkapi train ... --parallel.shards 4        # 2 replicas of 4 shards
 """
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -150,3 +151,41 @@ def open_mesh(n_shards: int, device_type: str, timeout: timedelta = timedelta(mi
         yield Mesh(*shape, dist.get_rank(), device_mesh)
     finally:
         dist.destroy_process_group()
+
+
+MOST_LOST = 1e-3  # of a token's k largest latents, in expectation
+
+
+def truncation_loss(k: int, n_shards: int, candidates: int) -> float:
+    """Share of the k largest latents that is lost if each shard offers no more than `candidates` of them.
+
+        n_shards E[max(X - candidates, 0)] / k,    X ~ Binomial(k, 1 / n_shards)
+
+    That is where latents are spread over shards at random.
+
+    Source: Gao et al. 2024, appendix D.2 describes the truncation; the formula is its expectation.
+    """
+    if candidates >= k or n_shards == 1:
+        return max(0.0, 1 - candidates / k)
+    p = 1 / n_shards
+    chances = (
+        math.exp(
+            math.lgamma(k + 1)
+            - math.lgamma(hits + 1)
+            - math.lgamma(k - hits + 1)
+            + hits * math.log(p)
+            + (k - hits) * math.log1p(-p)
+        )
+        * (hits - candidates)
+        for hits in range(candidates + 1, k + 1)
+    )
+    return n_shards * math.fsum(chances) / k
+
+
+def candidates(k: int, n_shards: int, capacity: float = 2.0) -> int:
+    """Latents that each shard offers for a token's k: `capacity` times its fair share, or what loses below 0.1 %.
+
+    max(floor(capacity k / n_shards), the smallest count whose `truncation_loss` is below 1e-3, 2), at most k.
+    """
+    fewest = next(count for count in range(1, k + 1) if truncation_loss(k, n_shards, count) < MOST_LOST)
+    return min(k, max(int(capacity * k / n_shards), fewest, 2))
