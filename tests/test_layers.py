@@ -27,6 +27,7 @@ SIDEWAYS = {
     "published": {"files"},
     "gradients": {"model", "loss"},
     "train": {"evaluate"},
+    "scaling": {"figures"},
     "cli": {"bench", "demo", "recipes", "viewer"},
     "__main__": {"cli"},
 }

@@ -70,7 +70,9 @@ def _encoding(job: Job, rank: Rank) -> int:
         return 2 * PLAIN_BYTES
     sampled = 2 * latents // 16
     rows = min(rank.rows, max(128, SAMPLE_BYTES // sampled))
-    groups = 64 * math.ceil((285 + 3.15 * rank.candidates if job.precision == "fp8" else 240 + 2.4 * rank.candidates) / 64)
+    groups = 64 * math.ceil(
+        (285 + 3.15 * rank.candidates if job.precision == "fp8" else 240 + 2.4 * rank.candidates) / 64
+    )
     screened = {"bf16": 0, "fp8": (latents + rows) * job.d_model, "float32": 2 * (latents + rows) * job.d_model}
     # a sixteenth of the rows may be encoded again
     return rows * (sampled + (groups * GROUP_BYTES + 8 * rank.candidates) * 17 // 16) + screened[job.precision]
@@ -80,7 +82,10 @@ def _backward(job: Job, layout: Layout, rank: Rank) -> dict[str, int]:
     d, size, rows = job.d_model, job.itemsize, rank.rows
     replicas = layout.n_replicas if rank.exchange == "sparse" else 1
     pairs = rows * replicas * rank.candidates
-    found = {"gradients of codes": 4 * rows * rank.candidates + PAIR_BYTES * pairs, "gradient of recon": rows * d * size}
+    found = {
+        "gradients of codes": 4 * rows * rank.candidates + PAIR_BYTES * pairs,
+        "gradient of recon": rows * d * size,
+    }
     if layout.n_shards > 1:
         found["sums over shards"] = rows * (4 * d + 4 * rank.candidates * layout.n_shards) + 2 * 4 * rank.owned_rows * d
     if replicas > 1:

@@ -31,18 +31,23 @@ def parse_size(text: str, what: str) -> int:
     return int(number)
 
 
-def size_text(n: float) -> str:
-    """16.8 M for 16 777 216."""
-    for factor, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if abs(n) >= factor:
-            return f"{n / factor:.3g}{letter}"
-    return f"{n:.3g}"
+def count_text(n: float) -> str:
+    """16.8 M for 16 777 216, 49 B for billions."""
+    return _scaled(n, ("T", "B", "M", "k"))
 
 
 def bytes_text(n: float) -> str:
     """Bytes with a unit: 6.44 GB."""
-    scaled = size_text(n)
+    scaled = _scaled(n, ("T", "G", "M", "k"))
     return f"{scaled}B" if scaled[-1].isalpha() else f"{scaled} B"
+
+
+def _scaled(n: float, letters: tuple[str, str, str, str]) -> str:
+    for factor, letter in zip((1e12, 1e9, 1e6, 1e3), letters, strict=True):
+        if n >= factor:
+            digits = max(0, 2 - math.floor(math.log10(n / factor)))
+            return f"{n / factor:.{digits}f} {letter}"
+    return f"{n:.3g}"
 
 
 def ms_text(seconds: float) -> str:

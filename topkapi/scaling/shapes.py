@@ -6,7 +6,7 @@ from typing import Literal
 
 from topkapi.config import AuxKConfig, TrainConfig
 from topkapi.errors import TopkapiError
-from topkapi.parallel import candidates, truncation_loss
+from topkapi.parallel import candidates, truncation_losses
 
 Precision = Literal["float32", "bf16", "fp8"]
 State = Literal["float32", "low_memory"]
@@ -131,7 +131,7 @@ def rank_of(job: Job, layout: Layout) -> Rank:
         dead=dead,
         auxk_candidates=_offered(auxk, dead, layout, 0) if auxk else 0,
         auxk_active=min(dead, auxk / layout.n_shards),
-        lost=truncation_loss(job.k, layout.n_shards, offered) if offered < min(job.k, latents) else 0.0,
+        lost=truncation_losses(job.k, layout.n_shards)[offered] if offered < min(job.k, latents) else 0.0,
         exchange=_exchange(job, layout, rows, latents, offered),
     )
 

@@ -1,9 +1,9 @@
 """Seconds of each part of a training step.
 
 A part is a list of amounts: so many operations, bytes, pairs to sort. The amounts follow from the shapes and from how
-the kernels work (`topkapi/ops/kernels`); what a unit of each costs is the GPU's (`topkapi.scaling.hardware`). Parts of a
-GPU's own are added up, as they run one after another; collectives too, but for what travels while something else is
-computed.
+the kernels work (`topkapi/ops/kernels`); what a unit of each costs is the GPU's (`topkapi.scaling.hardware`). Parts
+that a GPU computes are added up, as they run one after another; collectives too, but for what travels while something
+else is computed.
 """
 
 from collections.abc import Mapping
@@ -104,7 +104,7 @@ def compute(job: Job, layout: Layout, rank: Rank, cache: int) -> dict[str, Amoun
     weights = rank.latents * d
     found = {
         NORMALISE: {"bytes": 2 * rows * d * size, "launches": 2},
-        ENCODE: _encode(job, rows, rank.latents, rank.candidates, rank.active, cache),
+        ENCODE: _encode(job, rows, rank.latents, rank.candidates, cache),
     }
     if layout.n_shards > 1:
         found[KEEP] = _keep(rows, rank.candidates, layout.n_shards)
@@ -129,7 +129,7 @@ def added(*parts: Amounts) -> Amounts:
     return {name: sum(part.get(name, 0.0) for part in parts) for name in {name: 0 for part in parts for name in part}}
 
 
-def _encode(job: Job, rows: int, latents: int, k: int, kept: float, cache: int) -> Amounts:
+def _encode(job: Job, rows: int, latents: int, k: int, cache: int) -> Amounts:
     """The encoder's matmul, what bounds and selects its output, and candidates scored again."""
     d, size = job.d_model, job.itemsize
     flops = {f"{job.precision}_flops": 2.0 * rows * d * latents}
@@ -188,7 +188,7 @@ def _auxk(job: Job, layout: Layout, rank: Rank, cache: int) -> Amounts:
         chunks = -(-2 * rows * dead * size // AUXK_CHUNK)
         code = {"bytes": 8.0 * rows * dead * size, "launches": 12 * chunks + 20}
         return added({flop: 5 * product}, code, moved, keep)
-    encoded = _encode(job, rows, dead, k, rank.auxk_active, cache)
+    encoded = _encode(job, rows, dead, k, cache)
     active = rows * rank.auxk_active
     decoder = gathered(2 * active, d * size, dead * d * size, cache)
     tokens = gathered(2 * active, d * size, rows * d * size, cache)
@@ -223,7 +223,9 @@ def collective_seconds(volume: Volume, path: Path, gpu: Hardware) -> float:
         bandwidth = between
     hops = _hops(path.members - 1, path.nodes - 1, gpu.inside, gpu.between)
     if volume.kind == "sum":
-        tree = _hops(crossing - 1 + (path.nodes - 1).bit_length(), (path.nodes - 1).bit_length(), gpu.inside, gpu.between)
+        tree = _hops(
+            crossing - 1 + (path.nodes - 1).bit_length(), (path.nodes - 1).bit_length(), gpu.inside, gpu.between
+        )
         hops = 2 * min(hops, tree)
     return volume.calls * (gpu.collective + hops) + volume.sent / bandwidth
 

@@ -62,14 +62,12 @@ def _inputs(job: Job, layout: Layout, rank: Rank) -> list[Volume]:
 
 
 def _forward(job: Job, layout: Layout, rank: Rank) -> list[Volume]:
-    padded = rank.owned_rows * layout.n_shards
+    sums, own = rank.owned_rows * layout.n_shards * job.d_model * 4, rank.owned_rows * job.d_model * job.itemsize
     return [
         Volume("candidates' values", "shards", layout.n_shards, "gather", rank.rows * rank.candidates * 4),
-        Volume("reconstruction", "shards", layout.n_shards, "scatter_sum", padded * job.d_model * 4),
-        Volume(
-            "gradient of reconstruction", "shards", layout.n_shards, "gather", rank.owned_rows * job.d_model * job.itemsize
-        ),
-    ]  # fmt: skip
+        Volume("reconstruction", "shards", layout.n_shards, "scatter_sum", sums),
+        Volume("gradient of reconstruction", "shards", layout.n_shards, "gather", own),
+    ]
 
 
 def _auxk(job: Job, layout: Layout, rank: Rank) -> list[Volume]:
