@@ -121,6 +121,9 @@ class PlanOptions:
     gpu: str = "h200"
     """h100, h200, or a JSON file that describes a GPU."""
 
+    reserve: float = 0.0
+    """GB of each GPU's memory that is left to the language model and to blocks of activations."""
+
     precision: Literal["float32", "bf16", "fp8"] = "bf16"
     """As --precision of topkapi train."""
 
@@ -253,6 +256,7 @@ def plan_command(arguments: Sequence[str]) -> None:
     gpu = hardware.load(command.gpu)
     if command.gpus_per_node:
         gpu = replace(gpu, gpus_per_node=parse_size(command.gpus_per_node, "--gpus-per-node"))
+    gpu = replace(gpu, memory=hardware.left_of(gpu, command.reserve))
     job, search = _job(command), _search(command, gpu.gpus_per_node)
     if command.picture:
         require_matplotlib()

@@ -148,6 +148,21 @@ def load(name: str) -> Hardware:
     return _from(Hardware, values, str(path))
 
 
+def left_of(hardware: Hardware, reserved: float) -> int:
+    """Bytes of a GPU's memory when some GB of it are taken.
+
+    Raises:
+        TopkapiError: nothing is left, or less than nothing is taken.
+    """
+    left = hardware.memory - int(1e9 * reserved / hardware.usable)
+    if reserved < 0 or left <= 0:
+        raise TopkapiError(
+            f"--reserve {reserved:g}: a {hardware.name} has {hardware.memory * hardware.usable / 1e9:.0f} GB to use; "
+            "reserve less than that, and 0 or more."
+        )
+    return left
+
+
 def save(hardware: Hardware, path: Path) -> None:
     """Write a GPU's description, for `load`."""
     write_text_atomic(path, json.dumps(asdict(hardware), indent=2) + "\n")

@@ -10,6 +10,7 @@ SAMPLE_BYTES = 2**30 + 2**27  # of sampled pre-activations, for which long batch
 GROUP_BYTES = 20  # a kept group: 8 values of bf16, and where they are
 PLAIN_BYTES = 2**28  # of pre-activations at a time where torch.topk selects
 PAIR_BYTES = 40  # sorting an active latent: its key, its place, both again, and scratch
+NEXT_BATCH = "next batch"  # made while this one is trained on
 SMALL = 2**25  # what is too small to be listed
 
 
@@ -32,10 +33,11 @@ def memory(job: Job, layout: Layout) -> dict[str, int]:
     rank = rank_of(job, layout)
     encoding, backward = _encoding(job, rank), _backward(job, layout, rank)
     step = {"encoder's scratch": encoding} if encoding > sum(backward.values()) else backward
-    batch = rank.rows * job.d_model * 3 * job.itemsize + 12 * rank.rows * rank.candidates
+    raw = 2 * rank.rows * job.d_model
+    batch = raw + 2 * rank.rows * job.d_model * job.itemsize + 12 * rank.rows * rank.candidates
     kept = weights_and_state(job, rank.latents)
     lists = 2 * 8 * rank.latents  # of what may be dead, made ahead
-    return {**kept, "batch": batch, **step, "small things": lists + SMALL}
+    return {**kept, "batch": batch, NEXT_BATCH: raw, **step, "small things": lists + SMALL}
 
 
 def total(found: dict[str, int]) -> int:

@@ -11,7 +11,7 @@ from topkapi.scaling.report import ORDER, grouped
 
 COLOURS = ("#1f6fb4", "#7fb3dd", "#8a5fb0", "#2f9e77", "#d95f02", "#e6a817", "#777777")
 TALLEST = 4.5  # times the slowest step that fits
-ACROSS = ("between shards", "between replicas", "control")  # links, not the GPU: hatched
+ACROSS = ("between shards", "between replicas", "between all")  # links, not the GPU: hatched
 
 
 def draw(found: Sequence[Plan], chosen: Plan, path: Path) -> None:

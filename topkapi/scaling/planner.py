@@ -123,7 +123,7 @@ def _layouts(job: Job, search: Search) -> Iterator[list[Layout]]:
     for n_shards in [search.shards] if search.shards else numbers:
         n_replicas = search.n_gpus // n_shards
         part = -(-job.n_latents // n_shards)
-        if (n_shards - 1) * part >= job.n_latents or n_replicas > job.batch_tokens:
+        if (n_shards - 1) * part >= job.n_latents or job.batch_tokens % n_replicas:
             continue
         yield [
             Layout(
@@ -149,8 +149,8 @@ def _too_large(job: Job, gpu: Hardware, search: Search) -> str:
     tried = [plan(job, layout, gpu, shorten=False) for layouts in _layouts(job, search) for layout in layouts]
     if not tried:
         return (
-            f"{search.n_gpus} GPUs divide neither {job.n_latents:,} latents nor {job.batch_tokens:,} tokens among "
-            "them: take fewer GPUs."
+            f"{search.n_gpus} GPUs can divide neither {job.n_latents:,} latents nor {job.batch_tokens:,} tokens among "
+            "them: take another number of GPUs, or make --batch-tokens a multiple of it."
         )
     usable = gpu.memory * gpu.usable
     kept = min(sum(weights_and_state(job, one.rank.latents).values()) for one in tried)

@@ -31,18 +31,18 @@ def parse_size(text: str, what: str) -> int:
     return int(number)
 
 
-def count_text(n: float) -> str:
+def count_text(n: int | float) -> str:
     """16.8 M for 16 777 216, 49 B for billions."""
     return _scaled(n, ("T", "B", "M", "k"))
 
 
-def bytes_text(n: float) -> str:
+def bytes_text(n: int | float) -> str:
     """Bytes with a unit: 6.44 GB."""
     scaled = _scaled(n, ("T", "G", "M", "k"))
     return f"{scaled}B" if scaled[-1].isalpha() else f"{scaled} B"
 
 
-def _scaled(n: float, letters: tuple[str, str, str, str]) -> str:
+def _scaled(n: int | float, letters: tuple[str, str, str, str]) -> str:
     for factor, letter in zip((1e12, 1e9, 1e6, 1e3), letters, strict=True):
         if n >= factor:
             digits = max(0, 2 - math.floor(math.log10(n / factor)))
@@ -50,7 +50,7 @@ def _scaled(n: float, letters: tuple[str, str, str, str]) -> str:
     return f"{n:.3g}"
 
 
-def ms_text(seconds: float) -> str:
+def ms_text(seconds: int | float) -> str:
     """Milliseconds with the digits that matter."""
     ms = 1e3 * seconds
     return f"{ms:,.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"

@@ -15,15 +15,15 @@ LONGEST_ROW = 16_384  # candidates of all shards that one kernel takes
 
 # What a part counts as, where parts are few: in words, and in the picture.
 GROUPS = {ENCODE: "encoder", UPDATE: "weight gradients, Adam", AUXK: "AuxK"}
-SPARSE, SHARDS, REPLICAS, LATENCY = "other GPU work", "between shards", "between replicas", "control"
-ORDER = ("encoder", SPARSE, "AuxK", "weight gradients, Adam", SHARDS, REPLICAS, LATENCY)
+SPARSE, SHARDS, REPLICAS, ALL = "other GPU work", "between shards", "between replicas", "between all"
+ORDER = ("encoder", SPARSE, "AuxK", "weight gradients, Adam", SHARDS, REPLICAS, ALL)
 
 
 def group_of(part: Part) -> str:
     """What a part counts as: one of ORDER."""
     if part.volume is None:
         return GROUPS.get(part.name, SPARSE)
-    return {"shards": SHARDS, "replicas": REPLICAS, "all": LATENCY}[part.volume.group]
+    return {"shards": SHARDS, "replicas": REPLICAS, "all": ALL}[part.volume.group]
 
 
 def grouped(found: Plan) -> dict[str, float]:

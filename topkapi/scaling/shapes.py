@@ -71,6 +71,10 @@ class Layout:
     """Latents that a shard offers for a token's k; 0: chosen."""
     exchange: Exchange | Literal["auto"] = "auto"
 
+    def __post_init__(self) -> None:
+        if not 0 < self.capacity < math.inf:
+            raise TopkapiError(f"--capacity must be above 0, as a share of k / shards; got {self.capacity:g}.")
+
     @property
     def n_ranks(self) -> int:
         """GPUs in all."""
@@ -107,18 +111,19 @@ def rank_of(job: Job, layout: Layout) -> Rank:
     """The sizes of a layout.
 
     Raises:
-        TopkapiError: more shards than latents, or more replicas than tokens.
+        TopkapiError: more shards than latents, or replicas that do not divide the batch.
     """
     latents = -(-job.n_latents // layout.n_shards)
     if (layout.n_shards - 1) * latents >= job.n_latents:
         raise TopkapiError(
             f"{job.n_latents:,} latents do not fill {layout.n_shards} shards: plan for fewer GPUs, or more latents."
         )
-    if layout.n_replicas > job.batch_tokens:
+    if job.batch_tokens % layout.n_replicas:
         raise TopkapiError(
-            f"a batch of {job.batch_tokens:,} tokens does not fill {layout.n_replicas} replicas: raise --batch-tokens."
+            f"a batch of {job.batch_tokens:,} tokens cannot be divided among {layout.n_replicas} replicas: make "
+            "--batch-tokens a multiple of them."
         )
-    rows = -(-job.batch_tokens // layout.n_replicas)
+    rows = job.batch_tokens // layout.n_replicas
     dead = min(latents, -(-job.n_dead // layout.n_shards))
     auxk = min(job.auxk, job.n_dead)
     offered = _offered(job.k, latents, layout, layout.candidates)
@@ -127,10 +132,10 @@ def rank_of(job: Job, layout: Layout) -> Rank:
         owned_rows=-(-rows // layout.n_shards),
         latents=latents,
         candidates=offered,
-        active=min(offered, job.k / layout.n_shards),
+        active=float(min(offered, job.k / layout.n_shards)),
         dead=dead,
         auxk_candidates=_offered(auxk, dead, layout, 0) if auxk else 0,
-        auxk_active=min(dead, auxk / layout.n_shards),
+        auxk_active=float(min(dead, auxk / layout.n_shards)),
         lost=truncation_losses(job.k, layout.n_shards)[offered] if offered < min(job.k, latents) else 0.0,
         exchange=_exchange(job, layout, rows, latents, offered),
     )

@@ -6,6 +6,7 @@ that a GPU computes are added up, as they run one after another; collectives too
 else is computed.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -14,7 +15,8 @@ from topkapi.scaling.hardware import Hardware, Link
 from topkapi.scaling.shapes import Job, Layout, Rank, rank_of
 from topkapi.scaling.volumes import Volume, volumes
 
-Amounts = dict[str, float]
+Number = int | float
+Amounts = dict[str, Number]
 """By the name of a field of `hardware.Rates`."""
 
 SEGMENT = 2**20  # latents that the encoder's kernels take at a time
@@ -62,7 +64,7 @@ class StepTime:
     @property
     def device(self) -> float:
         """Seconds of the parts that are not hidden."""
-        return sum(part.exposed for part in self.parts)
+        return math.fsum(part.exposed for part in self.parts)
 
     @property
     def seconds(self) -> float:
@@ -72,7 +74,7 @@ class StepTime:
     @property
     def communication(self) -> float:
         """Seconds of collectives that are not hidden."""
-        return sum(part.exposed for part in self.parts if part.volume is not None)
+        return math.fsum(part.exposed for part in self.parts if part.volume is not None)
 
 
 def step_time(job: Job, layout: Layout, gpu: Hardware) -> StepTime:
@@ -90,9 +92,9 @@ def step_time(job: Job, layout: Layout, gpu: Hardware) -> StepTime:
 ONE_GPU = Job(n_latents=131_072, d_model=768, k=32, batch_tokens=65_536)  # whose host time `Hardware.host` is
 
 
-def cost(amounts: Mapping[str, float], gpu: Hardware) -> float:
+def cost(amounts: Mapping[str, Number], gpu: Hardware) -> float:
     """Seconds of some amounts."""
-    return sum(amount / getattr(gpu.rates, name) for name, amount in amounts.items())
+    return math.fsum(amount / getattr(gpu.rates, name) for name, amount in amounts.items())
 
 
 def compute(job: Job, layout: Layout, rank: Rank, cache: int) -> dict[str, Amounts]:
@@ -118,7 +120,7 @@ def compute(job: Job, layout: Layout, rank: Rank, cache: int) -> dict[str, Amoun
     return found
 
 
-def gathered(n_rows: float, row_bytes: float, table_bytes: float, cache: int) -> Amounts:
+def gathered(n_rows: Number, row_bytes: Number, table_bytes: Number, cache: int) -> Amounts:
     """Rows of a table read in random order, of which a share is found in the cache."""
     hit = cache / (cache + table_bytes)
     return {"bytes": (1 - hit) * n_rows * row_bytes, "cached_bytes": hit * n_rows * row_bytes}
@@ -164,7 +166,7 @@ def _decode(job: Job, layout: Layout, rank: Rank, cache: int) -> Amounts:
     return added(once, once, {"bytes": partial + own + rows * d * size + codes, "launches": 10})
 
 
-def _update(job: Job, rank: Rank, pairs: float, rows: int, cache: int) -> Amounts:
+def _update(job: Job, rank: Rank, pairs: Number, rows: int, cache: int) -> Amounts:
     """Both weights' rows reduced over the pairs, and updated: state read and written once."""
     d, size = job.d_model, job.itemsize
     parameters = 2 * rank.latents * d
@@ -230,7 +232,7 @@ def collective_seconds(volume: Volume, path: Path, gpu: Hardware) -> float:
     return volume.calls * (gpu.collective + hops) + volume.sent / bandwidth
 
 
-def _hops(steps: float, crossings: float, inside: Link, between: Link) -> float:
+def _hops(steps: Number, crossings: Number, inside: Link, between: Link) -> float:
     return (steps - crossings) * inside.hop + crossings * between.hop
 
 
@@ -238,6 +240,6 @@ def _collective(volume: Volume, layout: Layout, gpu: Hardware, own: Mapping[str,
     seconds = collective_seconds(volume, path_of(volume, layout, gpu.gpus_per_node), gpu)
     if not volume.asynchronous:
         return Part(volume.name, seconds, volume)
-    # activations come while the step before is trained; W_enc's gradient travels while W_dec's is formed
-    behind = own[ENCODE] if volume.name == "activations" else own[UPDATE] / 4
+    # activations come while steps before are trained; W_enc's gradient travels while W_dec's is formed
+    behind = math.fsum(own.values()) if volume.group == "all" else own[UPDATE] / 4
     return Part(volume.name, seconds, volume, min(seconds, behind))

@@ -10,6 +10,7 @@ from typing import Literal
 from topkapi.parallel import Group
 from topkapi.scaling.shapes import Job, Layout, Rank, rank_of
 
+ACTIVATIONS, STOP = "activations", "whether to stop"
 Kind = Literal["gather", "scatter_sum", "sum"]
 
 
@@ -33,14 +34,14 @@ class Volume:
         """Bytes that a process sends, and receives, at least."""
         others = self.members - 1
         if self.kind == "gather":
-            return others * self.payload
+            return float(others * self.payload)
         return (2 if self.kind == "sum" else 1) * others / self.members * self.payload
 
 
 def volumes(job: Job, layout: Layout) -> list[Volume]:
     """The collectives of a step, in order; those of groups of one process are left out."""
     rank = rank_of(job, layout)
-    found = [*_inputs(job, layout, rank), *_forward(job, layout, rank)]
+    found = [_inputs(job, layout), *_forward(job, layout, rank)]
     found += _auxk(job, layout, rank) if rank.auxk_candidates else []
     found += [*_between_replicas(job, layout, rank), *_small(job, layout, rank)]
     return [volume for volume in found if volume.members > 1]
@@ -55,10 +56,10 @@ def by_group(found: list[Volume]) -> dict[tuple[str, str], int]:
     return sums
 
 
-def _inputs(job: Job, layout: Layout, rank: Rank) -> list[Volume]:
-    """Each process has computed its part of the activations, and every shard of a replica reads all of them."""
-    payload = rank.owned_rows * job.d_model * job.itemsize
-    return [Volume("activations", "shards", layout.n_shards, "gather", payload, asynchronous=True)]
+def _inputs(job: Job, layout: Layout) -> Volume:
+    """Each process computes its share of the activations, in bf16, and all of them receive it (`topkapi.data`)."""
+    payload = -(-job.batch_tokens // layout.n_ranks) * job.d_model * 2
+    return Volume(ACTIVATIONS, "all", layout.n_ranks, "gather", payload, asynchronous=True)
 
 
 def _forward(job: Job, layout: Layout, rank: Rank) -> list[Volume]:
@@ -99,10 +100,10 @@ def _between_replicas(job: Job, layout: Layout, rank: Rank) -> list[Volume]:
 
 
 def _small(job: Job, layout: Layout, rank: Rank) -> list[Volume]:
-    """What costs latency alone: pre_bias's gradient, the loss, whether AuxK runs, and whether to stop or save."""
+    """What costs latency alone: pre_bias's gradient, the loss, whether AuxK runs, and whether to stop."""
     dense = layout.n_replicas > 1 and rank.exchange == "dense"
     return [
         Volume("pre_bias and scalars", "shards", layout.n_shards, "sum", job.d_model * 4 + 4 * 4, calls=3),
         Volume("pre_bias over replicas", "replicas", layout.n_replicas if dense else 1, "sum", job.d_model * 4),
-        Volume("stop or save", "all", layout.n_ranks, "sum", 8),
+        Volume(STOP, "all", layout.n_ranks, "sum", 8, asynchronous=True),
     ]
