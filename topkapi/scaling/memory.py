@@ -104,8 +104,7 @@ def _auxk(job: Job, layout: Layout, rank: Rank) -> int:
     d, size, dead, k = job.d_model, job.itemsize, rank.dead, rank.auxk_candidates
     rows = dead * d * (2 * size + 16)
     is_dense = dead <= DENSE_AUXK_BELOW * k
-    scratch = min(2 * rank.rows * dead * size if is_dense else rank.rows * k * 64, AUXK_CHUNK)
     if layout.n_shards == 1:
-        return rows + scratch
-    gathered = 4 * rank.rows * k * layout.n_shards
-    return rows + scratch + gathered + rank.rows * d * (4 + size)
+        return rows + min(2 * rank.rows * dead * size if is_dense else rank.rows * k * 64, AUXK_CHUNK)
+    row_bytes = k * (64 + 4 * layout.n_shards) + 8 * d
+    return rows + min(rank.rows * row_bytes, AUXK_CHUNK)

@@ -7,11 +7,10 @@ from typing import Any
 from topkapi.scaling.memory import total
 from topkapi.scaling.planner import Plan, plan
 from topkapi.scaling.quantities import GIB, bytes_text, count_text, ms_text, share_text
-from topkapi.scaling.step_time import AUXK, ENCODE, UPDATE, Part, takes_kernels
+from topkapi.scaling.step_time import AUXK, ENCODE, LONGEST_ROW, UPDATE, Part, takes_kernels
 
 SHOWN = 8  # other meshes
 WORTH_SAYING = 1.03  # times as fast
-LONGEST_ROW = 16_384  # candidates of all shards that one kernel takes
 
 # What a part counts as, where parts are few: in words, and in the picture.
 GROUPS = {ENCODE: "encoder", UPDATE: "weight gradients, Adam", AUXK: "AuxK"}
@@ -187,11 +186,12 @@ def _alternatives(best: Plan) -> list[tuple[str, Plan]]:
 
 def _warnings(best: Plan) -> list[str]:
     rank, lines = best.rank, []
-    if best.layout.n_shards > 1 and rank.candidates * best.layout.n_shards > LONGEST_ROW:
-        lines.append(
-            f"All shards offer {rank.candidates * best.layout.n_shards:,} latents a token, more than the kernel that "
-            f"compares them takes ({LONGEST_ROW:,}): plain PyTorch does it, slower than planned here."
-        )
+    for what, offered in (("latents", rank.candidates), ("dead latents", rank.auxk_candidates)):
+        if best.layout.n_shards > 1 and offered * best.layout.n_shards > LONGEST_ROW:
+            lines.append(
+                f"All shards offer {offered * best.layout.n_shards:,} {what} a token, more than the kernel that compares "
+                f"them takes ({LONGEST_ROW:,}): plain PyTorch does it, far slower."
+            )
     if not takes_kernels(best.job.d_model, rank.latents, rank.candidates):
         lines.append(
             f"{rank.latents:,} latents a GPU with k {rank.candidates} (d_model {best.job.d_model}) do not suit the "

@@ -134,7 +134,7 @@ def rank_of(job: Job, layout: Layout) -> Rank:
         candidates=offered,
         active=float(min(offered, job.k / layout.n_shards)),
         dead=dead,
-        auxk_candidates=_offered(auxk, dead, layout, 0) if auxk else 0,
+        auxk_candidates=min(auxk, dead),  # whatever the selection
         auxk_active=float(min(dead, auxk / layout.n_shards)),
         lost=truncation_losses(job.k, layout.n_shards)[offered] if offered < min(job.k, latents) else 0.0,
         exchange=_exchange(job, layout, rows, latents, offered),

@@ -13,13 +13,14 @@ from typing import NamedTuple
 
 from topkapi.scaling.hardware import Hardware, Link
 from topkapi.scaling.shapes import Job, Layout, Rank, rank_of
-from topkapi.scaling.volumes import Volume, volumes
+from topkapi.scaling.volumes import Volume, auxk_rows, volumes
 
 Number = int | float
 Amounts = dict[str, Number]
 """By the name of a field of `hardware.Rates`."""
 
 SEGMENT = 2**20  # latents that the encoder's kernels take at a time
+LONGEST_ROW = 16_384  # candidates of all shards that one kernel compares
 LARGEST_K = 256  # that they select; for more, and for small dictionaries, the matmul is followed by torch.topk
 RESCORED = {"float32": 2.0, "bf16": 1.4, "fp8": 2.0}  # candidates per latent kept
 DENSE_AUXK_BELOW = 256  # dead latents per auxk
@@ -83,7 +84,12 @@ def step_time(job: Job, layout: Layout, gpu: Hardware) -> StepTime:
     seconds = {name: cost(amounts, gpu) for name, amounts in own.items()}
     parts = [Part(name, value) for name, value in seconds.items()]
     found = volumes(job, layout)
-    parts += [_collective(volume, layout, gpu, seconds) for volume in found]
+    rank = rank_of(job, layout)
+    # activations come while steps before are trained; W_enc's gradient travels while W_dec's is formed, and both
+    # while the biases' are
+    formed = _reduction(job, rank, rank.rows * rank.active, rank.rows, gpu.cache)
+    behind = {"all": math.fsum(seconds.values()), "replicas": (cost(formed, gpu) + seconds[BIASES]) / 2, "shards": 0.0}
+    parts += [_collective(volume, layout, gpu, behind[volume.group]) for volume in found]
     launches = sum(amounts.get("launches", 0) for amounts in own.values()) + sum(volume.calls for volume in found)
     base = sum(one.get("launches", 0) for one in compute(ONE_GPU, Layout(), rank_of(ONE_GPU, Layout()), 1).values())
     return StepTime(parts, gpu.host * launches / base)
@@ -151,8 +157,14 @@ def takes_kernels(d_model: int, latents: int, k: int) -> bool:
 
 
 def _keep(rows: int, offered: int, n_shards: int) -> Amounts:
-    """All shards' values of a token, read and counted again and again in registers; three reads' time is a guess."""
-    return {"bytes": 3 * 4 * rows * offered * n_shards + 24 * rows * offered, "launches": 2}
+    """All shards' values of a token, counted again and again in registers; three reads' time is a guess.
+
+    Rows too long for the kernel go through `torch.topk` and some ten passes.
+    """
+    values = rows * offered * n_shards
+    if offered * n_shards > LONGEST_ROW:
+        return {"sorted_pre_activations": values, "bytes": 40 * values, "launches": 40}
+    return {"bytes": 3 * 4 * values + 24 * rows * offered, "launches": 2}
 
 
 def _decode(job: Job, layout: Layout, rank: Rank, cache: int) -> Amounts:
@@ -168,34 +180,40 @@ def _decode(job: Job, layout: Layout, rank: Rank, cache: int) -> Amounts:
 
 def _update(job: Job, rank: Rank, pairs: Number, rows: int, cache: int) -> Amounts:
     """Both weights' rows reduced over the pairs, and updated: state read and written once."""
-    d, size = job.d_model, job.itemsize
-    parameters = 2 * rank.latents * d
-    reduced = gathered(2 * pairs, d * size, rows * d * size, cache)
-    state = 8 if job.state == "low_memory" else 24 + (2 if size == 2 else 0)
+    parameters = 2 * rank.latents * job.d_model
+    state = 8 if job.state == "low_memory" else 24 + (2 if job.itemsize == 2 else 0)
     state += 8 if job.ema else 0
     if rank.exchange == "dense":
-        state += 8  # the gradient, written and read
+        state += 4  # the gradient, read again
     coded = {"coded_parameters": parameters} if job.state == "low_memory" else {}
-    return added(reduced, {"bytes": parameters * state, "launches": 8}, coded)
+    reduced = _reduction(job, rank, pairs, rows, cache)
+    return added(reduced, reduced, {"bytes": parameters * state, "launches": 8}, coded)
+
+
+def _reduction(job: Job, rank: Rank, pairs: Number, rows: int, cache: int) -> Amounts:
+    """One weight's gradient; with the dense exchange it is written."""
+    found = gathered(pairs, job.d_model * job.itemsize, rows * job.d_model * job.itemsize, cache)
+    return added(found, {"bytes": 4 * rank.latents * job.d_model}) if rank.exchange == "dense" else found
 
 
 def _auxk(job: Job, layout: Layout, rank: Rank, cache: int) -> Amounts:
-    """Five dense products of the tokens and the dead latents, or one and four sparse ones."""
+    """Five dense products of the tokens and the dead latents; or one and four sparse ones, as always with shards."""
     d, size, rows, dead, k = job.d_model, job.itemsize, rank.rows, rank.dead, rank.auxk_candidates
-    flop = "float32_flops" if job.precision == "float32" else "bf16_flops"
-    product = 2.0 * rows * d * dead
     moved = {"bytes": dead * d * (4 * size + 32) + 6 * rows * d * size}  # rows gathered, summed, put back; residual
-    keep = _keep(rows, k, layout.n_shards) if layout.n_shards > 1 else {}
-    if dead <= DENSE_AUXK_BELOW * k:
-        chunks = -(-2 * rows * dead * size // AUXK_CHUNK)
-        code = {"bytes": 8.0 * rows * dead * size, "launches": 12 * chunks + 20}
-        return added({flop: 5 * product}, code, moved, keep)
-    encoded = _encode(job, rows, dead, k, cache)
-    active = rows * rank.auxk_active
+    if layout.n_shards == 1 and dead <= DENSE_AUXK_BELOW * k:
+        flop = "float32_flops" if job.precision == "float32" else "bf16_flops"
+        chunked = -(-2 * rows * dead * size // AUXK_CHUNK)
+        code = {"bytes": 8 * rows * dead * size, "launches": 12 * chunked + 20}
+        return added({flop: 10 * rows * d * dead}, code, moved)
+    encoded, active = _encode(job, rows, dead, k, cache), rows * rank.auxk_active
     decoder = gathered(2 * active, d * size, dead * d * size, cache)
     tokens = gathered(2 * active, d * size, rows * d * size, cache)
     sort = {"sorted_pairs": rows * k, "launches": 40}
-    return added(encoded, decoder, tokens, sort, moved, keep)
+    if layout.n_shards == 1:
+        return added(encoded, decoder, tokens, sort, moved)
+    chunked = len(auxk_rows(job, layout, rank))
+    sums = {"bytes": 16 * chunked * dead * d + 8 * rows * d, "launches": 60 * chunked}
+    return added(encoded, decoder, tokens, sort, moved, sums, _keep(rows, k, layout.n_shards))
 
 
 class Path(NamedTuple):
@@ -236,10 +254,7 @@ def _hops(steps: Number, crossings: Number, inside: Link, between: Link) -> floa
     return (steps - crossings) * inside.hop + crossings * between.hop
 
 
-def _collective(volume: Volume, layout: Layout, gpu: Hardware, own: Mapping[str, float]) -> Part:
+def _collective(volume: Volume, layout: Layout, gpu: Hardware, behind: float) -> Part:
+    """A collective, of which at most `behind` seconds pass while something else is computed."""
     seconds = collective_seconds(volume, path_of(volume, layout, gpu.gpus_per_node), gpu)
-    if not volume.asynchronous:
-        return Part(volume.name, seconds, volume)
-    # activations come while steps before are trained; W_enc's gradient travels while W_dec's is formed
-    behind = math.fsum(own.values()) if volume.group == "all" else own[UPDATE] / 4
-    return Part(volume.name, seconds, volume, min(seconds, behind))
+    return Part(volume.name, seconds, volume, min(seconds, behind) if volume.asynchronous else 0.0)

@@ -7,10 +7,12 @@ collective: tests count it in real runs.
 from dataclasses import dataclass
 from typing import Literal
 
+from topkapi.ops.auxk import SPARSE_ENTRY_BYTES, chunks
 from topkapi.parallel import Group
 from topkapi.scaling.shapes import Job, Layout, Rank, rank_of
 
 ACTIVATIONS, STOP = "activations", "whether to stop"
+MEASURED_TOKENS = 256  # of each replica, on which the share that is lost is counted
 Kind = Literal["gather", "scatter_sum", "sum"]
 
 
@@ -72,38 +74,58 @@ def _forward(job: Job, layout: Layout, rank: Rank) -> list[Volume]:
 
 
 def _auxk(job: Job, layout: Layout, rank: Rank) -> list[Volume]:
-    """AuxK's twins of the above, and the gradients of the dead latents' rows."""
-    padded = rank.owned_rows * layout.n_shards
-    gradient = rank.owned_rows * job.d_model * job.itemsize
-    rows = rank.dead * (2 * job.d_model + 1) * 4
+    """AuxK's twins of the above, a chunk of tokens at a time, and the gradients of the dead latents' rows."""
+    rows, shards, d = auxk_rows(job, layout, rank), layout.n_shards, job.d_model
+    owned = sum(-(-n // shards) for n in rows)
+    values = rank.rows * rank.auxk_candidates * 4
     return [
-        Volume("AuxK: candidates' values", "shards", layout.n_shards, "gather", rank.rows * rank.auxk_candidates * 4),
-        Volume("AuxK: reconstruction", "shards", layout.n_shards, "scatter_sum", padded * job.d_model * 4),
-        Volume("AuxK: gradient of reconstruction", "shards", layout.n_shards, "gather", gradient),
-        Volume("AuxK: gradients of dead rows", "replicas", layout.n_replicas, "sum", rows, calls=3),
+        Volume("AuxK: candidates' values", "shards", shards, "gather", values, calls=len(rows)),
+        Volume("AuxK: reconstruction", "shards", shards, "scatter_sum", owned * shards * d * 4, calls=len(rows)),
+        Volume(
+            "AuxK: gradient of reconstruction", "shards", shards, "gather", owned * d * job.itemsize, calls=len(rows)
+        ),
+        Volume(
+            "AuxK: gradients of dead rows", "replicas", layout.n_replicas, "sum", rank.dead * (2 * d + 1) * 4, calls=3
+        ),
+        Volume("AuxK: squared error", "all", layout.n_ranks, "gather", 4),
     ]
 
 
+def auxk_rows(job: Job, layout: Layout, rank: Rank) -> list[int]:
+    """Tokens of the chunks in which shards go through AuxK."""
+    row_bytes = rank.auxk_candidates * (SPARSE_ENTRY_BYTES + 4 * layout.n_shards) + 8 * job.d_model
+    return [len(range(rank.rows)[part]) for part in chunks(rank.rows, row_bytes)]
+
+
 def _between_replicas(job: Job, layout: Layout, rank: Rank) -> list[Volume]:
-    if rank.exchange == "sparse":
-        rows, codes = rank.rows * job.d_model * job.itemsize, rank.rows * rank.candidates * 4
+    replicas, d = layout.n_replicas, job.d_model
+    if rank.exchange == "dense":
+        weight = rank.latents * d * 4
         return [
-            Volume("replicas: activations, gradients", "replicas", layout.n_replicas, "gather", 2 * rows, calls=2),
-            Volume("replicas: active latents", "replicas", layout.n_replicas, "gather", 3 * codes, calls=3),
+            Volume("replicas: W_enc's gradient", "replicas", replicas, "sum", weight, asynchronous=True),
+            Volume("replicas: W_dec's gradient", "replicas", replicas, "sum", weight, asynchronous=True),
+            Volume("replicas: latent_bias, fired", "replicas", replicas, "sum", rank.latents * (4 + 1), calls=2),
+            Volume("replicas: pre_bias", "replicas", replicas, "gather", d * 4),
         ]
-    weight = rank.latents * job.d_model * 4
+    rows, codes = rank.rows * d * job.itemsize, rank.rows * rank.candidates * 4
     return [
-        Volume("replicas: W_enc's gradient", "replicas", layout.n_replicas, "sum", weight, asynchronous=True),
-        Volume("replicas: W_dec's gradient", "replicas", layout.n_replicas, "sum", weight),
-        Volume("replicas: latent_bias, fired", "replicas", layout.n_replicas, "sum", rank.latents * (4 + 1), calls=2),
+        Volume("replicas: activations, gradients", "replicas", replicas, "gather", 2 * rows, calls=2),
+        Volume("replicas: active latents", "replicas", replicas, "gather", 3 * codes, calls=3),
     ]
 
 
 def _small(job: Job, layout: Layout, rank: Rank) -> list[Volume]:
-    """What costs latency alone: pre_bias's gradient, the loss, whether AuxK runs, and whether to stop."""
-    dense = layout.n_replicas > 1 and rank.exchange == "dense"
-    return [
-        Volume("pre_bias and scalars", "shards", layout.n_shards, "sum", job.d_model * 4 + 4 * 4, calls=3),
-        Volume("pre_bias over replicas", "replicas", layout.n_replicas if dense else 1, "sum", job.d_model * 4),
-        Volume(STOP, "all", layout.n_ranks, "sum", 8, asynchronous=True),
+    """What costs latency alone: biases, the loss, the number of dead latents, and whether to stop."""
+    everyone, shards, d = layout.n_ranks, layout.n_shards, job.d_model
+    found = [
+        Volume("pre_bias", "all", everyone, "gather", d * 4)
+        if rank.exchange == "dense"
+        else Volume("pre_bias", "shards", shards, "gather", d * 4),
+        Volume("loss and l0", "all", everyone, "gather", 16),
+        Volume(STOP, "all", everyone, "sum", 8, asynchronous=True),
     ]
+    if shards > 1 and layout.selection == "capacity":
+        most = min(job.k, rank.latents)
+        found.append(Volume("share lost", "shards", shards, "gather", min(MEASURED_TOKENS, rank.rows) * most * 4))
+        found.append(Volume("share lost, added up", "all", everyone, "gather", 16))
+    return found
