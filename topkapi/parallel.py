@@ -13,7 +13,7 @@ ordered with the work of the current stream before and after it. `topkapi` is la
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,6 +29,10 @@ from topkapi.errors import TopkapiError
 
 Group = Literal["shards", "replicas", "all"]
 """The processes of this replica; those with this shard's latents; everyone."""
+
+# torch 2.13 renamed both
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,20 @@ class Mesh:
             dist.all_reduce(x, group=self._group(group))
         return x
 
+    def start_sum_(self, x: Tensor, group: Group) -> Callable[[], None]:
+        """Start `sum_`, which goes on beside the work that follows; what comes back waits for it."""
+        if self.size(group) == 1:
+            return lambda: None
+        return dist.all_reduce(x, group=self._group(group), async_op=True).wait
+
+    def ordered_sum(self, x: Tensor, group: Group) -> Tensor:
+        """The sum over the group's members, added up in their order, for small tensors.
+
+        All members get the same bits, and so do groups whose members have the same bits: `sum_` may add up in another
+        order elsewhere, and what is the same everywhere, as pre_bias is, must not drift apart.
+        """
+        return x if self.size(group) == 1 else self.gather(x[None], group).sum(0)
+
     def max_(self, x: Tensor, group: Group) -> Tensor:
         """`x` becomes the largest over the group's members."""
         if self.size(group) > 1:
@@ -89,7 +107,7 @@ class Mesh:
         if self.size(group) == 1:
             return x
         out = x.new_empty(self.size(group) * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous(), group=self._group(group))
+        _all_gather(out, x.contiguous(), group=self._group(group))
         return out
 
     def scatter_sum(self, x: Tensor, group: Group) -> Tensor:
@@ -97,7 +115,7 @@ class Mesh:
         if self.size(group) == 1:
             return x
         out = x.new_empty(len(x) // self.size(group), *x.shape[1:])
-        dist.reduce_scatter_tensor(out, x.contiguous(), group=self._group(group))
+        _reduce_scatter(out, x.contiguous(), group=self._group(group))
         return out
 
     def broadcast_(self, x: Tensor, source: int = 0) -> Tensor:
@@ -116,6 +134,9 @@ class Mesh:
 
     def _group(self, group: Group) -> dist.ProcessGroup:
         return dist.group.WORLD if group == "all" else self.device_mesh.get_group(group)
+
+
+ALONE = Mesh()
 
 
 def launched() -> bool:
