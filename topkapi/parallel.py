@@ -11,13 +11,11 @@ ordered with the work of the current stream before and after it. `topkapi` is la
     torchrun --nproc-per-node 8 -m topkapi train ... --parallel.shards 4        # 2 replicas of 4 shards
 """
 
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -173,38 +171,3 @@ def open_mesh(n_shards: int, device_type: str, timeout: timedelta = timedelta(mi
         yield Mesh(*shape, dist.get_rank(), device_mesh)
     finally:
         dist.destroy_process_group()
-
-
-MOST_LOST = 1e-3  # of a token's k largest latents, in expectation
-
-
-@lru_cache
-def truncation_losses(k: int, n_shards: int) -> tuple[float, ...]:
-    """Share of the k largest latents that is lost if each shard offers no more than c of them, for c = 0 to k.
-
-        n_shards E[max(X - c, 0)] / k,    X ~ Binomial(k, 1 / n_shards)
-
-    That is where latents are spread over shards at random. The truncation: Gao et al. 2024, appendix D.2.
-    """
-    if n_shards == 1:
-        return tuple(1 - c / k for c in range(k + 1))
-    p, more, losses = 1 / n_shards, 0.0, [0.0]  # more: the chance that X > c
-    for hits in range(k, 0, -1):
-        more += math.exp(
-            math.lgamma(k + 1)
-            - math.lgamma(hits + 1)
-            - math.lgamma(k - hits + 1)
-            + hits * math.log(p)
-            + (k - hits) * math.log1p(-p)
-        )
-        losses.append(losses[-1] + n_shards / k * more)
-    return tuple(reversed(losses))
-
-
-def candidates(k: int, n_shards: int, capacity: float = 2.0) -> int:
-    """Latents that each shard offers for a token's k: `capacity` times its fair share, or what loses below 0.1 %.
-
-    max(floor(capacity k / n_shards), the smallest count that loses below 1e-3, 2), at most k.
-    """
-    fewest = next(c for c, lost in enumerate(truncation_losses(k, n_shards)) if lost < MOST_LOST)
-    return min(k, max(int(capacity * k / n_shards), fewest, 2))

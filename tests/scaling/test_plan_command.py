@@ -56,7 +56,8 @@ def test_reserved_memory_is_not_planned_with(capsys):
         (["--bench", "x.json"], "--bench goes with --measure"),
         (["--gpus", "1", "--n-latents", "16M", "--d-model", "12288"], "1 H200 are too few"),
         (["--candidates", "0"], "--candidates '0' is not a size"),
-        (["--capacity", "0"], "--capacity"),
+        (["--capacity", "0"], "--capacity must be a finite number above 0; got 0"),
+        (["--candidates", "9", "--selection", "exact"], "--candidates 9 goes with --selection capacity"),
         (["--precision", "int4"], "--precision"),
     ],
 )

@@ -11,14 +11,15 @@ import torch
 from topkapi.config import OptimConfig
 from topkapi.dead import DeadCounter
 from topkapi.errors import TopkapiError
+from topkapi.exchange import candidates
 from topkapi.model import PARAMETERS, Autoencoder
 from topkapi.optim import Optimizer
-from topkapi.parallel import candidates, truncation_losses
 from topkapi.scaling.hardware import H100, H200, Link
 from topkapi.scaling.memory import fits, memory, total, weights_and_state
 from topkapi.scaling.planner import Search, for_picture, plan, plans
 from topkapi.scaling.shapes import Job, Layout, rank_of
 from topkapi.scaling.step_time import path_of, step_time
+from topkapi.scaling.truncation import truncation_losses
 from topkapi.scaling.volumes import Volume
 
 PAPER = Job(n_latents=2**24, d_model=12_288, k=256, batch_tokens=131_072)
@@ -63,8 +64,8 @@ def test_what_a_capacity_of_two_loses(k, shards, offered, per_cent):
 def test_capacity_is_a_share_and_never_below_two():
     assert candidates(256, 8, capacity=2.0) == 64
     assert candidates(4, 512, capacity=0.1) == 2
-    assert candidates(1, 512) == 1
-    assert candidates(32, 1) == 32
+    assert candidates(1, 512, capacity=2.0) == 1
+    assert candidates(32, 1, capacity=2.0) == 32
 
 
 def test_losses_are_those_of_drawn_latents():

@@ -23,7 +23,9 @@ def test_shards():
         "candidates' values": 60 * 8 * 4,
         "reconstruction": 60 * 16 * 4,
         "gradient of reconstruction": 15 * 16 * 4,
-        "pre_bias and scalars": 16 * 4 + 16,
+        "pre_bias": 16 * 4,
+        "number of dead latents": 8,
+        "loss and l0": 16,
         "whether to stop": 8,
     }
 
@@ -87,7 +89,7 @@ def test_what_a_process_sends():
 def test_payloads_add_up_by_group():
     found = by_group(volumes(JOB, Layout(n_shards=2, n_replicas=2)))
     assert found["shards", "scatter_sum"] == 30 * 16 * 4
-    assert found["all", "gather"] == 15 * 16 * 2
+    assert found["all", "gather"] == 15 * 16 * 2 + 16
 
 
 @pytest.mark.parametrize(

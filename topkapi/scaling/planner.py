@@ -1,5 +1,6 @@
 """The fastest layouts of a job over some GPUs, among those that fit in memory."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -61,6 +62,12 @@ class Search:
     exchange: Exchange | Literal["auto"] = "auto"
     shards: int = 0
     """Shards that the mesh must have; 0: any number."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.capacity < math.inf:
+            raise TopkapiError(f"--capacity must be a finite number above 0; got {self.capacity:g}.")
+        if self.candidates and self.selection == "exact":
+            raise TopkapiError(f"--candidates {self.candidates} goes with --selection capacity; exact takes k of them.")
 
 
 def plan(job: Job, layout: Layout, gpu: Hardware, *, shorten: bool = True) -> Plan:

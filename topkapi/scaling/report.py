@@ -189,8 +189,8 @@ def _warnings(best: Plan) -> list[str]:
     for what, offered in (("latents", rank.candidates), ("dead latents", rank.auxk_candidates)):
         if best.layout.n_shards > 1 and offered * best.layout.n_shards > LONGEST_ROW:
             lines.append(
-                f"All shards offer {offered * best.layout.n_shards:,} {what} a token, more than the kernel that compares "
-                f"them takes ({LONGEST_ROW:,}): plain PyTorch does it, far slower."
+                f"All shards offer {offered * best.layout.n_shards:,} {what} a token, more than the {LONGEST_ROW:,} "
+                "that the kernel comparing them takes: plain PyTorch does it, far slower."
             )
     if not takes_kernels(best.job.d_model, rank.latents, rank.candidates):
         lines.append(

@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from topkapi.config import AuxKConfig, TrainConfig
+from topkapi.config import AuxKConfig, ParallelConfig, TrainConfig
 from topkapi.errors import TopkapiError
-from topkapi.parallel import candidates, truncation_losses
+from topkapi.exchange import candidates_of, cheaper_exchange
+from topkapi.scaling.truncation import truncation_losses
 
 Precision = Literal["float32", "bf16", "fp8"]
 State = Literal["float32", "low_memory"]
@@ -71,9 +72,16 @@ class Layout:
     """Latents that a shard offers for a token's k; 0: chosen."""
     exchange: Exchange | Literal["auto"] = "auto"
 
-    def __post_init__(self) -> None:
-        if not 0 < self.capacity < math.inf:
-            raise TopkapiError(f"--capacity must be above 0, as a share of k / shards; got {self.capacity:g}.")
+    @property
+    def parallel(self) -> ParallelConfig:
+        """What training is told."""
+        return ParallelConfig(
+            shards=self.n_shards,
+            selection=self.selection,
+            capacity=self.capacity,
+            candidates=self.candidates if self.selection == "capacity" else 0,
+            exchange=self.exchange,
+        )
 
     @property
     def n_ranks(self) -> int:
@@ -126,7 +134,7 @@ def rank_of(job: Job, layout: Layout) -> Rank:
     rows = job.batch_tokens // layout.n_replicas
     dead = min(latents, -(-job.n_dead // layout.n_shards))
     auxk = min(job.auxk, job.n_dead)
-    offered = _offered(job.k, latents, layout, layout.candidates)
+    offered = candidates_of(job.k, job.n_latents, layout.n_shards, layout.parallel)
     return Rank(
         rows=rows,
         owned_rows=-(-rows // layout.n_shards),
@@ -141,23 +149,12 @@ def rank_of(job: Job, layout: Layout) -> Rank:
     )
 
 
-def _offered(k: int, latents: int, layout: Layout, wanted: int) -> int:
-    most = min(k, latents)
-    if layout.selection == "exact" or layout.n_shards == 1:
-        return most
-    return min(most, wanted or candidates(k, layout.n_shards, layout.capacity))
-
-
 def _exchange(job: Job, layout: Layout, rows: int, latents: int, offered: int) -> Exchange | Literal["none"]:
-    """What replicas exchange: what was asked for, or what moves fewer bytes."""
     if layout.n_replicas == 1:
         return "none"
     if layout.exchange != "auto":
         return layout.exchange
-    others = layout.n_replicas - 1
-    dense = 2 * others / layout.n_replicas * (2 * latents * job.d_model + latents) * 4
-    sparse = others * rows * (2 * job.d_model * job.itemsize + 12 * offered)
-    return "sparse" if sparse < dense else "dense"
+    return cheaper_exchange(layout.n_replicas, rows, latents, job.d_model, offered, job.itemsize)
 
 
 def divisors(n: int) -> list[int]:

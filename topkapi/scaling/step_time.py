@@ -24,6 +24,7 @@ LONGEST_ROW = 16_384  # candidates of all shards that one kernel compares
 LARGEST_K = 256  # that they select; for more, and for small dictionaries, the matmul is followed by torch.topk
 RESCORED = {"float32": 2.0, "bf16": 1.4, "fp8": 2.0}  # candidates per latent kept
 DENSE_AUXK_BELOW = 256  # dead latents per auxk
+SHORT_MESSAGE, FASTER_HOPS = 2**16, 4  # bytes that NCCL sends with its protocol of low latency (LL), and what it gains
 AUXK_CHUNK = 2**30  # bytes of dead latents' pre-activations and their gradients at a time
 
 NORMALISE = "normalise"
@@ -247,6 +248,7 @@ def collective_seconds(volume: Volume, path: Path, gpu: Hardware) -> float:
             crossing - 1 + (path.nodes - 1).bit_length(), (path.nodes - 1).bit_length(), gpu.inside, gpu.between
         )
         hops = 2 * min(hops, tree)
+    hops /= FASTER_HOPS if volume.payload <= volume.calls * SHORT_MESSAGE else 1
     return volume.calls * (gpu.collective + hops) + volume.sent / bandwidth
 
 

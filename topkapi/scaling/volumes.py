@@ -7,12 +7,12 @@ collective: tests count it in real runs.
 from dataclasses import dataclass
 from typing import Literal
 
+from topkapi.exchange import MEASURED_TOKENS
 from topkapi.ops.auxk import SPARSE_ENTRY_BYTES, chunks
 from topkapi.parallel import Group
 from topkapi.scaling.shapes import Job, Layout, Rank, rank_of
 
 ACTIVATIONS, STOP = "activations", "whether to stop"
-MEASURED_TOKENS = 256  # of each replica, on which the share that is lost is counted
 Kind = Literal["gather", "scatter_sum", "sum"]
 
 
@@ -121,6 +121,7 @@ def _small(job: Job, layout: Layout, rank: Rank) -> list[Volume]:
         Volume("pre_bias", "all", everyone, "gather", d * 4)
         if rank.exchange == "dense"
         else Volume("pre_bias", "shards", shards, "gather", d * 4),
+        Volume("number of dead latents", "shards", shards, "sum", 8),
         Volume("loss and l0", "all", everyone, "gather", 16),
         Volume(STOP, "all", everyone, "sum", 8, asynchronous=True),
     ]
