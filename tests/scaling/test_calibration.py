@@ -1,6 +1,6 @@
 """The model of a step against what was measured on one H200, and the rates that are fitted to such measurements.
 
-Seen to fail when: the encoder's kernels cost nothing besides the matmul (23 %), gathered rows are never in the cache.
+Seen to fail when: the encoder's kernels cost nothing besides the matmul; gathered rows are never found in the cache.
 """
 
 from dataclasses import asdict, replace
@@ -8,13 +8,14 @@ from statistics import median
 
 import pytest
 
-from tests.scaling.h200 import COPY, MEASURED, jobs
+from tests.scaling.h200 import COLLECTIVES, COPY, MEASURED, jobs
 from topkapi.errors import TopkapiError
 from topkapi.scaling.calibration import Measured, errors, fit, measured_in
 from topkapi.scaling.hardware import H100, H200, Rates
 from topkapi.scaling.memory import NEXT_BATCH, memory, total
 from topkapi.scaling.shapes import Job, Layout
-from topkapi.scaling.step_time import ENCODE, NORMALISE, step_time
+from topkapi.scaling.step_time import ENCODE, NORMALISE, Path, collective_seconds, step_time
+from topkapi.scaling.volumes import Volume
 
 
 def off(found):
@@ -39,6 +40,13 @@ def test_the_largest_dictionary_is_extrapolated():
     job = Job(n_latents=2**24, d_model=768, k=64, batch_tokens=8192, state="low_memory", ema=False)
     assert step_time(job, Layout(), H200).seconds == pytest.approx(0.4957, rel=0.1)
     assert total(memory(job, Layout())) == pytest.approx(98.1 * 2**30, rel=0.01)
+
+
+def test_collectives_of_two_gpus_are_those_measured():
+    for kind, (times, measured) in COLLECTIVES.items():
+        for mebibytes, microseconds in measured.items():
+            volume = Volume("", "shards", 2, kind, times * mebibytes * 2**20)
+            assert 1e6 * collective_seconds(volume, Path(2, 1), H200) == pytest.approx(microseconds, rel=0.15)
 
 
 def test_fitting_finds_the_preset_again_from_the_measurements():

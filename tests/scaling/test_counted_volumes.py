@@ -1,6 +1,6 @@
 """The planner's bytes are those of real steps of two and four processes over gloo.
 
-Seen to fail when: rows are not padded, AuxK's dead rows are not exchanged, codes travel with 64-bit indices.
+Seen to fail when: codes travel with a fourth tensor.
 """
 
 import json
