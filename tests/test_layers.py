@@ -28,6 +28,7 @@ SIDEWAYS = {
     "gradients": {"model", "loss", "exchange"},
     "model": {"exchange"},
     "train": {"evaluate"},
+    "scaling": {"figures"},
     "cli": {"bench", "demo", "recipes", "viewer"},
     "__main__": {"cli"},
 }

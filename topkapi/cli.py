@@ -2,12 +2,13 @@
 
 import errno
 import io
+import json
 import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,8 +19,11 @@ from topkapi.bench.cases import SUITES, Case
 from topkapi.config import EvalConfig, TrainConfig
 from topkapi.console import say
 from topkapi.errors import TopkapiError
+from topkapi.figures import require_matplotlib
+from topkapi.files import write_text_atomic
 from topkapi.published import CONFIG
 from topkapi.recipes import RECIPES
+from topkapi.scaling.quantities import parse_size
 
 Flat = Annotated[TrainConfig, tyro.conf.arg(name="")]
 
@@ -85,6 +89,82 @@ class Bench:
 
     out: Path = Path("runs/bench")
     """Folder that receives table.md, bench.json and pictures."""
+
+
+@dataclass(kw_only=True)
+class PlanOptions:
+    """Plan training on many GPUs: the fastest mesh, its memory and its step's time by part, from a model of both.
+
+    Sizes may be written 131072, 131k or 16M."""
+
+    n_latents: str = "131072"
+    """Dictionary size, all shards together."""
+
+    d_model: str = "768"
+    """Width of an activation."""
+
+    k: str = "32"
+    """Active latents a token."""
+
+    batch_tokens: str = "131072"
+    """Tokens of a step, all replicas together."""
+
+    gpus: str = ""
+    """GPUs in all; --nodes times --gpus-per-node if not given."""
+
+    nodes: str = "1"
+    """Nodes, where --gpus is not given."""
+
+    gpus_per_node: str = ""
+    """GPUs of a node; those of --gpu if not given."""
+
+    gpu: str = "h200"
+    """h100, h200, or a JSON file that describes a GPU."""
+
+    reserve: float = 0.0
+    """GB of each GPU's memory that is left to the language model and to blocks of activations."""
+
+    precision: Literal["float32", "bf16", "fp8"] = "bf16"
+    """As --precision of topkapi train."""
+
+    state: Literal["float32", "low_memory"] = "float32"
+    """As --optim.state of topkapi train."""
+
+    ema: bool = True
+    """Whether averaged weights are kept (--optim.ema-decay above 0)."""
+
+    dead: float = 0.0
+    """Share of the latents that are dead, so that AuxK has them to train; the paper's largest run had 0.07."""
+
+    auxk: str = "auto"
+    """Dead latents asked to explain the residual, as --auxk.auxk."""
+
+    selection: Literal["auto", "exact", "capacity"] = "auto"
+    """How shards choose the k largest (--parallel.selection); auto: exact unless capacity is faster."""
+
+    capacity: float = 2.0
+    """With selection capacity, candidates a shard beyond its fair share of k (--parallel.capacity)."""
+
+    candidates: str = ""
+    """With selection capacity, candidates a shard; chosen if not given."""
+
+    exchange: Literal["auto", "sparse", "dense"] = "auto"
+    """What replicas exchange (--parallel.exchange); auto: what is faster."""
+
+    shards: str = ""
+    """Shards that the mesh must have; any number if not given."""
+
+    json: str = ""
+    """File that receives all plans and their numbers."""
+
+    picture: str = ""
+    """File that receives a picture (.png) of the step's time against the number of shards."""
+
+    measure: str = ""
+    """Measure the GPU at hand, write FILE for --gpu, and plan nothing. Under torchrun its links too."""
+
+    bench: str = ""
+    """With --measure: take this bench.json instead of measuring."""
 
 
 def train_command(arguments: Sequence[str]) -> None:
@@ -162,11 +242,88 @@ def bench_command(arguments: Sequence[str]) -> None:
     )
 
 
+def plan_command(arguments: Sequence[str]) -> None:
+    """topkapi plan --n-latents 16M --d-model 12288 --k 256 --gpus 512: the best mesh, its memory and its speed."""
+    command = _parse(PlanOptions, "topkapi plan", arguments)
+    if command.measure:
+        _measure_gpu(Path(command.measure), command.bench)
+        return
+    if command.bench:
+        raise TopkapiError("--bench goes with --measure FILE, which it makes from a bench.json.")
+    from topkapi.scaling import hardware, report
+    from topkapi.scaling.planner import for_picture, plans
+
+    gpu = hardware.load(command.gpu)
+    if command.gpus_per_node:
+        gpu = replace(gpu, gpus_per_node=parse_size(command.gpus_per_node, "--gpus-per-node"))
+    gpu = replace(gpu, memory=hardware.left_of(gpu, command.reserve))
+    job, search = _job(command), _search(command, gpu.gpus_per_node)
+    if command.picture:
+        require_matplotlib()
+    found = plans(job, gpu, search)
+    sys.stdout.write(report.text(found))
+    if command.json:
+        write_text_atomic(Path(command.json), json.dumps(report.as_dict(found), indent=2) + "\n")
+        say(f"all plans: {command.json}")
+    if command.picture:
+        from topkapi.scaling.picture import draw
+
+        draw(for_picture(job, gpu, search), found[0], Path(command.picture))
+        say(f"picture: {command.picture}")
+
+
+def _job(command: PlanOptions) -> Any:
+    from topkapi.scaling.shapes import Job
+
+    return Job(
+        n_latents=parse_size(command.n_latents, "--n-latents"),
+        d_model=parse_size(command.d_model, "--d-model"),
+        k=parse_size(command.k, "--k"),
+        batch_tokens=parse_size(command.batch_tokens, "--batch-tokens"),
+        precision=command.precision,
+        state=command.state,
+        ema=command.ema,
+        dead=command.dead,
+        auxk=-1 if command.auxk == "auto" else 0 if command.auxk == "0" else parse_size(command.auxk, "--auxk"),
+    )
+
+
+def _search(command: PlanOptions, gpus_per_node: int) -> Any:
+    from topkapi.scaling.planner import Search
+
+    nodes = parse_size(command.nodes, "--nodes")
+    return Search(
+        n_gpus=parse_size(command.gpus, "--gpus") if command.gpus else nodes * gpus_per_node,
+        selection=command.selection,
+        capacity=command.capacity,
+        candidates=parse_size(command.candidates, "--candidates") if command.candidates else 0,
+        exchange=command.exchange,
+        shards=parse_size(command.shards, "--shards") if command.shards else 0,
+    )
+
+
+def _measure_gpu(path: Path, bench_json: str) -> None:
+    import torch
+
+    from topkapi.bench.calibrate import calibrate, described
+    from topkapi.scaling.hardware import H200, save
+
+    if not bench_json:
+        calibrate(path, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        return
+    try:
+        measured = json.loads(Path(bench_json).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise TopkapiError(f"--bench {bench_json}: not JSON ({error}). Give the bench.json of topkapi bench.") from None
+    save(described(measured, H200), path)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": demo_command,
     "train": train_command,
     "eval": eval_command,
     "bench": bench_command,
+    "plan": plan_command,
 }
 
 

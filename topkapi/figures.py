@@ -18,7 +18,7 @@ def draw_run(run: Path, density: Float[Tensor, " n_latents"], title: str) -> Pat
 
     Reads metrics.jsonl and eval.json of the run; `density` is each latent's fraction of tokens.
     """
-    plt = _pyplot()
+    plt = pyplot()
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     results = json.loads((run / "eval.json").read_text(encoding="utf-8"))
     figure, (curves, densities, losses) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
@@ -75,7 +75,7 @@ def require_matplotlib() -> None:
         raise TopkapiError("a picture needs matplotlib: pip install 'topkapi[plot]'.")
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     require_matplotlib()
     import matplotlib as mpl
 

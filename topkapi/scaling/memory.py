@@ -1,0 +1,110 @@
+"""Bytes that a GPU holds at the fullest moment of a step."""
+
+import math
+
+from topkapi.scaling.hardware import Hardware
+from topkapi.scaling.shapes import Job, Layout, Rank, rank_of
+from topkapi.scaling.step_time import AUXK_CHUNK, DENSE_AUXK_BELOW, SEGMENT, takes_kernels
+
+SAMPLE_BYTES = 2**30 + 2**27  # of sampled pre-activations, for which long batches are encoded in parts
+GROUP_BYTES = 20  # a kept group: 8 values of bf16, and where they are
+PLAIN_BYTES = 2**28  # of pre-activations at a time where torch.topk selects
+PAIR_BYTES = 40  # sorting an active latent: its key, its place, both again, and scratch
+NEXT_BATCH = "next batch"  # made while this one is trained on
+SMALL = 2**25  # what is too small to be listed
+
+
+def weights_and_state(job: Job, latents: int) -> dict[str, int]:
+    """Bytes of the parameters of some latents and all that is kept beside them from step to step."""
+    parameters, biases = 2 * latents * job.d_model, latents + job.d_model
+    low = job.state == "low_memory"
+    found = {
+        "weights": parameters * (2 if low else 4) + 4 * biases,
+        "moments": parameters * (2 if low else 8) + 8 * biases + (16 * latents if low else 0),
+        "average": 4 * (parameters + biases) if job.ema else 0,
+        "working copies": 2 * parameters if job.precision != "float32" and not low else 0,
+        "silence of latents": 8 * latents,
+    }
+    return {name: size for name, size in found.items() if size}
+
+
+def memory(job: Job, layout: Layout) -> dict[str, int]:
+    """Bytes by part: what is kept, the batch, and the larger of what encoding and what the backward pass take."""
+    rank = rank_of(job, layout)
+    encoding, backward = _encoding(job, rank), _backward(job, layout, rank)
+    step = {"encoder's scratch": encoding} if encoding > sum(backward.values()) else backward
+    raw = 2 * rank.rows * job.d_model
+    batch = raw + 2 * rank.rows * job.d_model * job.itemsize + 12 * rank.rows * rank.candidates
+    kept = weights_and_state(job, rank.latents)
+    lists = 2 * 8 * rank.latents  # of what may be dead, made ahead
+    return {**kept, "batch": batch, NEXT_BATCH: raw, **step, "small things": lists + SMALL}
+
+
+def total(found: dict[str, int]) -> int:
+    """All of it."""
+    return sum(found.values())
+
+
+def fits(job: Job, layout: Layout, gpu: Hardware) -> bool:
+    """Whether a GPU holds it."""
+    return total(memory(job, layout)) <= gpu.memory * gpu.usable
+
+
+def largest_batch(job: Job, layout: Layout, gpu: Hardware) -> int:
+    """Tokens of the longest step that fits, at most those of the job; 0 if the weights alone do not."""
+    from dataclasses import replace
+
+    low, high = 0, job.batch_tokens // layout.n_replicas  # in tokens of a replica
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(replace(job, batch_tokens=middle * layout.n_replicas), layout, gpu):
+            low = middle
+        else:
+            high = middle - 1
+    step = 2 ** max(0, low.bit_length() - 5)  # 4 to 5 digits in binary: a batch that one would choose
+    return (low if low * layout.n_replicas == job.batch_tokens else low // step * step) * layout.n_replicas
+
+
+def _encoding(job: Job, rank: Rank) -> int:
+    """Sampled pre-activations, kept groups and, in fp8, what is screened."""
+    latents = min(rank.latents, SEGMENT)
+    if not takes_kernels(job.d_model, rank.latents, rank.candidates):
+        return 2 * PLAIN_BYTES
+    sampled = 2 * latents // 16
+    rows = min(rank.rows, max(128, SAMPLE_BYTES // sampled))
+    groups = 64 * math.ceil(
+        (285 + 3.15 * rank.candidates if job.precision == "fp8" else 240 + 2.4 * rank.candidates) / 64
+    )
+    screened = {"bf16": 0, "fp8": (latents + rows) * job.d_model, "float32": 2 * (latents + rows) * job.d_model}
+    # a sixteenth of the rows may be encoded again
+    return rows * (sampled + (groups * GROUP_BYTES + 8 * rank.candidates) * 17 // 16) + screened[job.precision]
+
+
+def _backward(job: Job, layout: Layout, rank: Rank) -> dict[str, int]:
+    d, size, rows = job.d_model, job.itemsize, rank.rows
+    replicas = layout.n_replicas if rank.exchange == "sparse" else 1
+    pairs = rows * replicas * rank.candidates
+    found = {
+        "gradients of codes": 4 * rows * rank.candidates + PAIR_BYTES * pairs,
+        "gradient of recon": rows * d * size,
+    }
+    if layout.n_shards > 1:
+        found["sums over shards"] = rows * (4 * d + 4 * rank.candidates * layout.n_shards) + 2 * 4 * rank.owned_rows * d
+    if replicas > 1:
+        found["other replicas' batch"] = replicas * rows * (2 * d * size + 12 * rank.candidates)
+    if rank.exchange == "dense":
+        found["dense gradients"] = 8 * rank.latents * d
+    if rank.auxk_candidates and rank.dead:
+        found["AuxK"] = _auxk(job, layout, rank)
+    return found
+
+
+def _auxk(job: Job, layout: Layout, rank: Rank) -> int:
+    """Rows of the dead latents, their gradients, and a chunk's pre-activations."""
+    d, size, dead, k = job.d_model, job.itemsize, rank.dead, rank.auxk_candidates
+    rows = dead * d * (2 * size + 16)
+    is_dense = dead <= DENSE_AUXK_BELOW * k
+    if layout.n_shards == 1:
+        return rows + min(2 * rank.rows * dead * size if is_dense else rank.rows * k * 64, AUXK_CHUNK)
+    row_bytes = k * (64 + 4 * layout.n_shards) + 8 * d
+    return rows + min(rank.rows * row_bytes, AUXK_CHUNK)

@@ -1,0 +1,132 @@
+"""Bytes of every collective of a training step, from the shapes alone.
+
+The order is that of the step (`topkapi.gradients`). `payload` is the size of the tensor that each process hands to the
+collective: tests count it in real runs.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from topkapi.exchange import MEASURED_TOKENS
+from topkapi.ops.auxk import SPARSE_ENTRY_BYTES, chunks
+from topkapi.parallel import Group
+from topkapi.scaling.shapes import Job, Layout, Rank, rank_of
+
+ACTIVATIONS, STOP = "activations", "whether to stop"
+Kind = Literal["gather", "scatter_sum", "sum"]
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One collective."""
+
+    name: str
+    group: Group
+    members: int
+    kind: Kind
+    payload: int
+    """Bytes of the tensor that a process hands in."""
+    asynchronous: bool = False
+    """Whether it travels while the next part is computed."""
+    calls: int = 1
+    """Collectives that share the payload."""
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a process sends, and receives, at least."""
+        others = self.members - 1
+        if self.kind == "gather":
+            return float(others * self.payload)
+        return (2 if self.kind == "sum" else 1) * others / self.members * self.payload
+
+
+def volumes(job: Job, layout: Layout) -> list[Volume]:
+    """The collectives of a step, in order; those of groups of one process are left out."""
+    rank = rank_of(job, layout)
+    found = [_inputs(job, layout), *_forward(job, layout, rank)]
+    found += _auxk(job, layout, rank) if rank.auxk_candidates else []
+    found += [*_between_replicas(job, layout, rank), *_small(job, layout, rank)]
+    return [volume for volume in found if volume.members > 1]
+
+
+def by_group(found: list[Volume]) -> dict[tuple[str, str], int]:
+    """Payloads added up by (group, kind)."""
+    sums: dict[tuple[str, str], int] = {}
+    for volume in found:
+        key = (volume.group, volume.kind)
+        sums[key] = sums.get(key, 0) + volume.payload
+    return sums
+
+
+def _inputs(job: Job, layout: Layout) -> Volume:
+    """Each process computes its share of the activations, in bf16, and all of them receive it (`topkapi.data`)."""
+    payload = -(-job.batch_tokens // layout.n_ranks) * job.d_model * 2
+    return Volume(ACTIVATIONS, "all", layout.n_ranks, "gather", payload, asynchronous=True)
+
+
+def _forward(job: Job, layout: Layout, rank: Rank) -> list[Volume]:
+    sums, own = rank.owned_rows * layout.n_shards * job.d_model * 4, rank.owned_rows * job.d_model * job.itemsize
+    return [
+        Volume("candidates' values", "shards", layout.n_shards, "gather", rank.rows * rank.candidates * 4),
+        Volume("reconstruction", "shards", layout.n_shards, "scatter_sum", sums),
+        Volume("gradient of reconstruction", "shards", layout.n_shards, "gather", own),
+    ]
+
+
+def _auxk(job: Job, layout: Layout, rank: Rank) -> list[Volume]:
+    """AuxK's twins of the above, a chunk of tokens at a time, and the gradients of the dead latents' rows."""
+    rows, shards, d = auxk_rows(job, layout, rank), layout.n_shards, job.d_model
+    owned = sum(-(-n // shards) for n in rows)
+    values = rank.rows * rank.auxk_candidates * 4
+    return [
+        Volume("AuxK: candidates' values", "shards", shards, "gather", values, calls=len(rows)),
+        Volume("AuxK: reconstruction", "shards", shards, "scatter_sum", owned * shards * d * 4, calls=len(rows)),
+        Volume(
+            "AuxK: gradient of reconstruction", "shards", shards, "gather", owned * d * job.itemsize, calls=len(rows)
+        ),
+        Volume(
+            "AuxK: gradients of dead rows", "replicas", layout.n_replicas, "sum", rank.dead * (2 * d + 1) * 4, calls=3
+        ),
+        Volume("AuxK: squared error", "all", layout.n_ranks, "gather", 4),
+    ]
+
+
+def auxk_rows(job: Job, layout: Layout, rank: Rank) -> list[int]:
+    """Tokens of the chunks in which shards go through AuxK."""
+    row_bytes = rank.auxk_candidates * (SPARSE_ENTRY_BYTES + 4 * layout.n_shards) + 8 * job.d_model
+    return [len(range(rank.rows)[part]) for part in chunks(rank.rows, row_bytes)]
+
+
+def _between_replicas(job: Job, layout: Layout, rank: Rank) -> list[Volume]:
+    replicas, d = layout.n_replicas, job.d_model
+    if rank.exchange == "dense":
+        weight = rank.latents * d * 4
+        return [
+            Volume("replicas: W_enc's gradient", "replicas", replicas, "sum", weight, asynchronous=True),
+            Volume("replicas: W_dec's gradient", "replicas", replicas, "sum", weight, asynchronous=True),
+            Volume("replicas: latent_bias, fired", "replicas", replicas, "sum", rank.latents * (4 + 1), calls=2),
+            Volume("replicas: pre_bias", "replicas", replicas, "gather", d * 4),
+        ]
+    rows, codes = rank.rows * d * job.itemsize, rank.rows * rank.candidates * 4
+    return [
+        Volume("replicas: activations, gradients", "replicas", replicas, "gather", 2 * rows, calls=2),
+        Volume("replicas: active latents", "replicas", replicas, "gather", 3 * codes, calls=3),
+    ]
+
+
+def _small(job: Job, layout: Layout, rank: Rank) -> list[Volume]:
+    """What costs latency alone: biases, the loss, the number of dead latents, and whether to stop."""
+    everyone, shards, d = layout.n_ranks, layout.n_shards, job.d_model
+    found = [
+        Volume("pre_bias", "all", everyone, "gather", d * 4)
+        if rank.exchange == "dense"
+        else Volume("pre_bias", "shards", shards, "gather", d * 4),
+        Volume("number of dead latents", "shards", shards, "sum", 8),
+        Volume("loss and l0", "all", everyone, "gather", 16),
+        Volume(STOP, "all", everyone, "sum", 8, asynchronous=True),
+    ]
+    if shards > 1 and layout.selection == "capacity":
+        most = min(job.k, rank.latents)
+        found.append(Volume("share lost", "shards", shards, "gather", min(MEASURED_TOKENS, rank.rows) * most * 4))
+        found.append(Volume("share lost, added up", "all", everyone, "gather", 16))
+    return found
