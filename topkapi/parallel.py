@@ -149,6 +149,14 @@ class Mesh:
             raise error
         return value
 
+    def raise_any(self, failure: Exception | None) -> None:
+        """Raise, on every rank, the exception of one that has any: its own where there is one."""
+        found = [error for error in self.gather_objects(failure) if error is not None]
+        if found:
+            error = failure or found[0]
+            error.is_common = True
+            raise error
+
     def first_before_others(self, call: Callable[[], T]) -> T:
         """What `call` returns here; rank 0 is done with it before the others begin."""
         found: list[T] = []
