@@ -47,9 +47,10 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     """Two finished runs end alike, bit for bit: weights, moments, averages, dead counters, data position, metrics."""
     assert checkpoint.steps(ours)[-1] == checkpoint.steps(theirs)[-1]
     mine, other = (checkpoint.load(run, checkpoint.steps(run)[-1]) for run in (ours, theirs))
-    assert mine.tensors.keys() == other.tensors.keys()
-    for name, tensor in mine.tensors.items():
-        assert torch.equal(tensor, other.tensors[name]), name
+    ours_read, theirs_read = mine.read(), other.read()
+    assert ours_read.keys() == theirs_read.keys()
+    for name, tensor in ours_read.items():
+        assert torch.equal(tensor, theirs_read[name]), name
     assert mine.meta == other.meta
     assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
     assert metrics(ours) == metrics(theirs)

@@ -201,6 +201,17 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How several processes train one autoencoder; a run may be resumed with another division."""
+
+    shards: int = 1
+    """Processes that hold the autoencoder together, each a range of its latents; the others are replicas."""
+
+    def __post_init__(self) -> None:
+        _require(self, "shards", self.shards >= 1, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """How much held-out text an evaluation reads."""
 
@@ -226,6 +237,7 @@ class TrainConfig:
     auxk: AuxKConfig = field(default_factory=AuxKConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     tokens: int = 10_000_000
     """Tokens to train on; more than the corpus holds means several epochs."""

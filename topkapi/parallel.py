@@ -149,6 +149,22 @@ class Mesh:
             raise error
         return value
 
+    def rows_on_first(self, local: Tensor, n_latents: int) -> Tensor | None:
+        """The rows of all shards on the CPU of rank 0, one shard after another; None elsewhere."""
+        local = local.cpu()
+        if self.n_shards == 1:
+            return local if self.rank == 0 else None
+        if self.replica > 0:
+            return None
+        if self.rank > 0:
+            dist.send(local.contiguous(), 0, group=self._group("all"))
+            return None
+        rows = local.new_empty(n_latents, *local.shape[1:])
+        rows[self.latents(n_latents)] = local
+        for shard in range(1, self.n_shards):
+            dist.recv(rows[self.latents(n_latents, shard)], shard, group=self._group("all"))
+        return rows
+
     def raise_any(self, failure: Exception | None) -> None:
         """Raise, on every rank, the exception of one that has any: its own where there is one."""
         found = [error for error in self.gather_objects(failure) if error is not None]
@@ -227,7 +243,10 @@ def open_mesh(n_shards: int, device_type: str, timeout: timedelta = timedelta(mi
         ending.processes = mesh.gather_objects((socket.gethostname(), os.getpid()))
         yield mesh
     except BaseException as error:
-        raise ending.explained(error) from error
+        explained = ending.explained(error)
+        if explained is error:
+            raise
+        raise explained from error
     dist.destroy_process_group()
 
 

@@ -28,7 +28,7 @@ def _order_of_blocks(seed: int, epoch: int, n_blocks: int) -> Int64[np.ndarray, 
     return np.random.default_rng([seed, epoch]).permutation(n_blocks)
 
 
-def _part(batch_tokens: int, mesh: Mesh) -> slice:
+def part_of_batch(batch_tokens: int, mesh: Mesh) -> slice:
     """The places in a batch that are this replica's."""
     if batch_tokens % mesh.n_replicas:
         below = batch_tokens - batch_tokens % mesh.n_replicas
@@ -60,7 +60,7 @@ class ShuffledBatches:
 
     def __init__(self, blocks: Blocks, batch_tokens: int, seed: int, mesh: Mesh | None = None) -> None:
         self.blocks, self.batch_tokens, self.seed, self.mesh = blocks, batch_tokens, seed, mesh or Mesh()
-        self._bounds = _part(batch_tokens, self.mesh)
+        self._bounds = part_of_batch(batch_tokens, self.mesh)
         self._epoch = self._place = self._row = self._n_empty = 0
         self._open: Opened | None = None
 
