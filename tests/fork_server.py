@@ -11,7 +11,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ class ForkServer:
 
     def __init__(self) -> None:
         how = {"cwd": ROOT, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.stores: list[Any] = []  # what worlds meet at, as torchrun keeps it for its processes
         self.process = subprocess.Popen([sys.executable, "-m", "tests.fork_server"], **how)
 
     def start(self, arguments: list[str], log: Path, cache: Path, **options: Any) -> int:
@@ -41,10 +41,12 @@ class ForkServer:
 
     def start_world(self, n_ranks: int, arguments: list[str], folder: Path, cache: Path, **options: Any) -> list[int]:
         """`start` for processes that train together, as torchrun would start them; rank r writes to folder/rank-r."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        common = {"WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        from torch.distributed import TCPStore
+
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.stores.append(store)
+        common = {"WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+        common |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
         pids = []
         for rank in range(n_ranks):
             environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}

@@ -33,6 +33,10 @@ T = TypeVar("T")
 PATIENCE = timedelta(days=30)  # for a rank that tokenizes, say; one that is gone is noticed at once all the same
 LOOK_FOR = 5.0  # seconds in which the rank that failed says so, or its process is seen to be gone
 
+# Newer PyTorch has them under new names and warns of the old ones.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 Group = Literal["shards", "replicas", "all"]
 """The processes of this replica; those with this shard's latents; everyone."""
 
@@ -97,7 +101,7 @@ class Mesh:
         if self.size(group) == 1:
             return x
         out = x.new_empty(self.size(group) * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous(), group=self._group(group))
+        _all_gather(out, x.contiguous(), group=self._group(group))
         return out
 
     def scatter_sum(self, x: Tensor, group: Group) -> Tensor:
@@ -105,7 +109,7 @@ class Mesh:
         if self.size(group) == 1:
             return x
         out = x.new_empty(len(x) // self.size(group), *x.shape[1:])
-        dist.reduce_scatter_tensor(out, x.contiguous(), group=self._group(group))
+        _reduce_scatter(out, x.contiguous(), group=self._group(group))
         return out
 
     def broadcast_(self, x: Tensor, source: int = 0) -> Tensor:
@@ -267,9 +271,11 @@ class _Ending:
 
     def explained(self, error: BaseException) -> BaseException:
         """The exception to raise here; the console is quiet if another rank explains it."""
+        if getattr(error, "is_common", False):  # every rank has it, and rank 0 tells
+            return error
         if not _is_broken_connection(error):
             console.quiet = not self._claims()
-            if isinstance(error, Exception) and not getattr(error, "is_common", False):
+            if isinstance(error, Exception):
                 error.add_note(f"rank {self.rank} of {self.n_ranks}")
             return error
         gone, until = [], time.monotonic() + LOOK_FOR
