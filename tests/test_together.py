@@ -9,10 +9,9 @@ import time
 from dataclasses import replace
 
 import pytest
-import torch
 
 from tests.command_line import assert_same_run, metrics, one_line, train_arguments
-from topkapi import checkpoint, published
+from topkapi import checkpoint
 from topkapi.config import LossConfig, ModelConfig, ParallelConfig
 from topkapi.train import train
 
