@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from topkapi.console import say
 from topkapi.errors import TopkapiError
 from topkapi.files import read_json, sha256, whole_folder, write_json
-from topkapi.parallel import Mesh
+from topkapi.parallel import ALONE, Mesh
 
 METADATA, MANIFEST = ".metadata", "manifest.json"
 OLD_STATE = "state.safetensors"  # of versions that knew one process only
@@ -54,9 +54,8 @@ class Checkpoint:
     meta: dict[str, Any]
     folder: Path
 
-    def read_into(self, state: State, mesh: Mesh | None = None) -> None:
+    def read_into(self, state: State, mesh: Mesh = ALONE) -> None:
         """Overwrite tensors with what was saved under their names; every process of the mesh calls it."""
-        mesh = mesh or Mesh()
         whole = {name: _as_whole(value, mesh) for name, value in state.items()}
         reader = dcp.FileSystemReader(self.folder)
         _unwrapped(lambda: dcp.load(whole, storage_reader=reader, process_group=mesh.world, no_dist=mesh.n_ranks == 1))
@@ -69,12 +68,12 @@ class Checkpoint:
         return tensors
 
 
-def save(run: Path, step: int, state: State, meta: dict[str, Any], mesh: Mesh | None = None) -> None:
+def save(run: Path, step: int, state: State, meta: dict[str, Any], mesh: Mesh = ALONE) -> None:
     """Write the checkpoint of `step`; every process of the mesh calls it.
 
     Raises OSError, on all of them, with older ones untouched.
     """
-    mesh, target = mesh or Mesh(), folder_of(run, step)
+    target = folder_of(run, step)
     if mesh.on_first(target.exists):  # saved before, and whole: damaged ones are set aside when read
         return
     with ExitStack() as stack:
@@ -114,13 +113,13 @@ def steps(run: Path) -> list[int]:
     return sorted(int(name[5:]) for name in names if name[5:].isdigit())
 
 
-def load(run: Path, step: int, mesh: Mesh | None = None) -> Checkpoint:
+def load(run: Path, step: int, mesh: Mesh = ALONE) -> Checkpoint:
     """One checkpoint; every process of the mesh checks a part of its files.
 
     Raises:
         TopkapiError: a file is missing or damaged; on every process.
     """
-    mesh, folder = mesh or Mesh(), folder_of(run, step)
+    folder = folder_of(run, step)
     manifest = mesh.on_first(lambda: read_json(folder / MANIFEST, "checkpoint"))
     mine = sorted(manifest["files"].items())[mesh.rank :: mesh.n_ranks]
     damages = [_damage(folder / name, checksum) for name, checksum in mine]
@@ -130,13 +129,12 @@ def load(run: Path, step: int, mesh: Mesh | None = None) -> Checkpoint:
     return Checkpoint(manifest["step"], manifest["meta"], folder)
 
 
-def load_newest(runs: list[Path], mesh: Mesh | None = None) -> list[Checkpoint] | None:
+def load_newest(runs: list[Path], mesh: Mesh = ALONE) -> list[Checkpoint] | None:
     """The newest step of which every run has a sound checkpoint, one a run; None if there never was one.
 
     Raises:
         TopkapiError: there are checkpoints, but no step at which all runs have a sound one.
     """
-    mesh = mesh or Mesh()
     common, damaged = mesh.on_first(lambda: _candidates(runs))
     for step in common:
         found = []

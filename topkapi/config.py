@@ -202,13 +202,35 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How several processes train one autoencoder; a run may be resumed with another division."""
+    """How several processes share one autoencoder; torchrun starts them."""
 
     shards: int = 1
-    """Processes that hold the autoencoder together, each a range of its latents; the others are replicas."""
+    """Processes that hold one copy of the autoencoder together, each a part of the latents; they read the same tokens.
+    Groups of so many processes are replicas, which read different tokens."""
+
+    selection: Literal["exact", "capacity"] = "exact"
+    """exact: each shard puts k candidates a token forward, and the k largest of all are kept. capacity: fewer, see
+    below, so that less is gathered; a token may then lose some of its k largest to smaller ones."""
+
+    capacity: float = 2.0
+    """Candidates a shard beyond its share k / shards, as a factor; more where that would lose over 0.1 % of the k."""
+
+    candidates: int = 0
+    """Candidates a token that each shard puts forward (selection capacity); 0: chosen from capacity."""
+
+    exchange: Literal["auto", "sparse", "dense"] = "auto"
+    """What replicas send each other. sparse: activations, their gradients and sparse codes; dense: weight gradients,
+    whose size does not depend on the batch. auto takes the one with fewer bytes."""
 
     def __post_init__(self) -> None:
         _require(self, "shards", self.shards >= 1, "at least 1")
+        _require(self, "capacity", 0 < self.capacity < math.inf, "a finite number above 0")
+        _require(self, "candidates", self.candidates >= 0, "0 (chosen) or more")
+        if self.candidates and self.selection == "exact":
+            raise TopkapiError(
+                f"ParallelConfig.candidates={self.candidates} goes with selection 'capacity'; exact takes k of them. "
+                "Set --parallel.selection capacity, or leave --parallel.candidates at 0."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,8 +258,8 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     auxk: AuxKConfig = field(default_factory=AuxKConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
 
     tokens: int = 10_000_000
     """Tokens to train on; more than the corpus holds means several epochs."""
@@ -285,6 +307,11 @@ class TrainConfig:
         plain = self.precision in ("auto", "float32") and self.optim.state == "float32"
         if self.model.activation == "relu" and not plain:
             raise TopkapiError("ModelConfig.activation='relu' trains in float32 with float32 optimiser state only.")
+        if self.model.activation == "relu" and self.parallel.shards > 1:
+            raise TopkapiError(
+                f"ModelConfig.activation='relu' is not divided into shards; got ParallelConfig.shards="
+                f"{self.parallel.shards}. Leave --parallel.shards at 1."
+            )
         if self.loss.sparsity == "l1_decoder_norm" and self.optim.unit_norm_decoder:
             raise TopkapiError(
                 "LossConfig.sparsity='l1_decoder_norm' leaves the decoder's norms free: "

@@ -5,6 +5,8 @@ the answer travels and the next work is prepared. So on a GPU lists are made ahe
 the latents that can be dead one batch later, and sends their number on its way; a step uses the list of the batch
 before the last, which has long arrived, and leaves out on the device those that have fired since. The set is exact,
 and which list serves a step depends on the calls alone, not on timing.
+
+Shards have lists of one length, the longest that any of them needs, so that all of them decide alike what a step does.
 """
 
 from collections import deque
@@ -15,6 +17,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from topkapi.gradients import PADDING, DeadSubset
+from topkapi.parallel import ALONE, Mesh
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class _Candidates:
     latents: Int[Tensor, " buffer"]
     """Ascending, then n_latents."""
     count: Int[Tensor, ""] | None
-    """How many of them are latents, on the host once `arrived`; None for none."""
+    """How many of them are latents, on the shard with most, on the host once `arrived`; None for none."""
     arrived: torch.cuda.Event | None
 
     def padded(self) -> Int[Tensor, " m"]:
@@ -41,11 +44,14 @@ class _Candidates:
 class DeadCounter:
     """Tokens since each latent last fired (had a value > 0), counted in tokens whatever the batch size.
 
-    `silent_for` is the whole state, and may be written to from outside.
+    `silent_for` is the whole state, and may be written to from outside; on a mesh by all processes at the same time.
+    There `n_latents` are this shard's, `fired` and the tokens those of the whole batch.
     """
 
-    def __init__(self, n_latents: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, n_latents: int, device: torch.device | str = "cpu", mesh: Mesh = ALONE) -> None:
         self.silent_for: Int[Tensor, " n_latents"] = torch.zeros(n_latents, dtype=torch.int64, device=device)
+        self.mesh = mesh
+        self._largest_shard = int(mesh.max_(torch.tensor(n_latents, device=device), "shards"))
         self.lists_ahead = self.silent_for.is_cuda
         self._clock = 0  # tokens counted
         self._longest = 0  # no latent has been silent for longer
@@ -72,7 +78,7 @@ class DeadCounter:
         Waits for the device the first time, and after `silent_for` was written to or the batch grew.
         """
         if not self.lists_ahead:
-            return DeadSubset.of(self.dead(dead_after))
+            return DeadSubset.of(self.dead(dead_after), mesh=self.mesh)
         self._notice_changes()
         self._wanted = (dead_after, n_tokens)
         if self._lists and (self._lists[0].dead_after != dead_after or self._lists[0].valid_until < self._clock):
@@ -90,12 +96,13 @@ class DeadCounter:
         if self._longest + n_tokens < dead_after:
             return _Candidates(dead_after, valid_until, self.silent_for[:0], None, None)
         near = self.silent_for >= dead_after - n_tokens
-        size = -(-n_latents // PADDING) * PADDING
+        size = -(-self._largest_shard // PADDING) * PADDING
         latents = torch.nonzero_static(near, size=size, fill_value=n_latents).flatten()
+        most = self.mesh.max_(near.sum(), "shards")
         if not near.is_cuda:
-            return _Candidates(dead_after, valid_until, latents, near.sum(), None)
+            return _Candidates(dead_after, valid_until, latents, most, None)
         count = torch.empty((), dtype=torch.int64, pin_memory=True)
-        count.copy_(near.sum(), non_blocking=True)
+        count.copy_(most, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
         return _Candidates(dead_after, valid_until, latents, count, arrived)
@@ -106,5 +113,6 @@ class DeadCounter:
         if tensor is self.silent_for and tensor._version == version:
             return
         self._lists.clear()
-        self._longest = int(self.silent_for.max()) if len(self.silent_for) else 0
+        longest = self.silent_for.max() if len(self.silent_for) else torch.zeros((), dtype=torch.int64)
+        self._longest = int(self.mesh.max_(longest.clone(), "shards"))
         self._seen = (self.silent_for, self.silent_for._version)

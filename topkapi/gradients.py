@@ -13,6 +13,9 @@ TopK, for a batch of n tokens, in the dtype of the working weights:
    latent_bias and the record of which latents fired
 4. AuxK: the dead latents' rows are gathered and treated as a small autoencoder of the residual
 
+Several processes take the step together: `topkapi.exchange` says what they tell each other. Shards have their latents'
+rows of everything here, and what belongs to the whole batch comes out the same on all of them.
+
 Called by `topkapi.train`, once a step.
 """
 
@@ -22,24 +25,27 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from topkapi import loss
-from topkapi.config import AuxKConfig, LossConfig
+from topkapi import exchange, loss
+from topkapi.config import AuxKConfig, LossConfig, ParallelConfig
+from topkapi.exchange import Rows
 from topkapi.loss import LossTerms
 from topkapi.model import Autoencoder, Working
 from topkapi.ops import SparseRows
 from topkapi.ops.auxk import AuxKSums, DeadWeights, auxk_gradients
 from topkapi.ops.dispatch import implementation
 from topkapi.ops.normalise import centre
+from topkapi.parallel import ALONE, Mesh
 
 # Dead latents per auxk up to which dense products win. cpu: measured on 2 cores (docs/LOG.md).
 DENSE_AUXK_BELOW = {"cpu": 8, "cuda": 256}
 PADDING = 64  # dead latents a multiple of this on a GPU: rows of 128 bytes in bf16, as fast products want them
 NEVER = -1e30  # a bias no pre-activation makes up for
+DEFAULT = ParallelConfig()
 
 
 @dataclass(frozen=True)
 class DeadSubset:
-    """The latents that AuxK trains in one step. Its length is known without asking the device."""
+    """The latents that AuxK trains in one step. Its length is known without asking the device, and that of all shards."""
 
     latents: Int[Tensor, " m"]
     """Ascending, then n_latents as padding."""
@@ -47,10 +53,10 @@ class DeadSubset:
     """False for padding, and for latents that have fired since the list was made: they take no part."""
 
     @classmethod
-    def of(cls, dead: Bool[Tensor, " n_latents"], padding: int | None = None) -> "DeadSubset":
-        """Exactly the latents of a mask. Waits for the device to count them."""
+    def of(cls, dead: Bool[Tensor, " n_latents"], padding: int | None = None, mesh: Mesh = ALONE) -> "DeadSubset":
+        """Exactly the latents of a mask, as many on each shard. Waits for the device to count them."""
         multiple = padding or (PADDING if dead.is_cuda else 1)
-        count = int(dead.sum())
+        count = int(mesh.max_(dead.sum(), "shards"))
         size = -(-count // multiple) * multiple
         latents = torch.nonzero_static(dead, size=size, fill_value=len(dead)).flatten()
         return cls(latents, latents < len(dead))
@@ -104,6 +110,8 @@ class Step:
     fired: Bool[Tensor, " n_latents"]
     l0: Float[Tensor, ""] = field(default_factory=lambda: torch.zeros(()))
     """Mean number of latents with a value > 0 per token."""
+    lost: Float[Tensor, ""] | None = None
+    """Share of the k largest pre-activations that shards did not put forward, on some tokens; None where they must."""
 
 
 @torch.no_grad()
@@ -114,37 +122,101 @@ def topk_step(
     dead: DeadSubset,
     config: AuxKConfig,
     working: Working | None = None,
+    mesh: Mesh = ALONE,
+    parallel: ParallelConfig = DEFAULT,
 ) -> Step:
     """Loss, gradients and fired latents of a TopK autoencoder on normalised activations `x`.
 
     `scale` is `loss.mse_scale` of the run's sample; `dead` holds the latents that AuxK trains; `working` the weights
-    to compute with, those of `ae` themselves by default. Deterministic.
+    to compute with, those of `ae` themselves by default. On a mesh `x` is this replica's part of the batch, as long as
+    the others'; loss, l0 and gradients are those of the whole batch, the gradients of this shard's latents.
+    Deterministic.
 
     Source: Gao et al. 2024, sections 2.1 to 2.4 and appendix D.2.
     """
     weights, pre_bias, latent_bias = working or Working.of(ae), ae.pre_bias.detach(), ae.latent_bias.detach()
-    primitives, n_latents, numel = implementation(x), ae.n_latents, max(x.numel(), 1)
+    n_tokens, numel = len(x) * mesh.n_replicas, max(x.numel() * mesh.n_replicas, 1)
     centred = centre(x, pre_bias, weights.W_enc.dtype)
     # reconstruction error is z W_dec - centred, so pre_bias plays no further part
-    values, indices = primitives.encode_topk(centred, weights.W_enc, latent_bias, None, ae.k, weights.screening)
-    decoded = primitives.decode_step(values, indices, weights.W_dec, centred, 2 * scale / numel)
-    mse = decoded.squared_error.sum() * (scale / numel)
+    width = exchange.candidates_of(ae.k, ae.n_latents, mesh.n_shards, parallel)
+    values, indices = exchange.select(centred, weights.W_enc, latent_bias, ae.k, width, mesh, weights.screening)
+    decoded = exchange.decode(values, indices, weights.W_dec, centred, 2 * scale / numel, mesh)
+    squared_error, n_active = _totals(decoded.squared_error.sum(), (values > 0).sum(), mesh)
+    mse = squared_error * (scale / numel)
 
-    order = primitives.order_by_latent(indices, n_latents)
-    grad_latent_bias, row_sum = primitives.bias_gradients(decoded.grad_values, order, weights.W_enc)
-    grad_recon_sum = decoded.grad_recon.sum(0, dtype=mse.dtype)
+    rows = Rows(centred, decoded.grad_recon, values, decoded.grad_values, indices)
+    if _replicas_send_rows(rows, ae.n_latents, mesh, parallel):
+        gradients, grad_recon_sum, fired = _gradients_of_all_rows(rows, weights, mesh)
+    else:
+        gradients, grad_recon_sum, fired = _sum_of_gradients(rows, weights, mesh)
+    auxk = torch.zeros_like(mse)
+    if min(config.auxk, len(dead), len(x)) > 0 and config.coefficient > 0:
+        residual = _Residual(decoded.grad_recon, n_tokens, numel / (2 * scale), grad_recon_sum, squared_error)
+        auxk = _add_auxk_(gradients, weights, latent_bias, centred, residual, dead, config, mesh)
+    lost = None
+    if mesh.n_shards > 1 and parallel.selection == "capacity":
+        lost = exchange.share_lost(centred, weights.W_enc, latent_bias, ae.k, width, ae.n_latents, mesh)
+    return Step(LossTerms(mse, auxk, torch.zeros_like(mse)), gradients, fired, n_active / max(n_tokens, 1), lost)
+
+
+def _totals(squared_error: Tensor, n_active: Tensor, mesh: Mesh) -> tuple[Float[Tensor, ""], Tensor]:
+    """Both over all processes, the first in its dtype."""
+    if mesh.n_ranks == 1:
+        return squared_error, n_active
+    sums = mesh.ordered_sum(torch.stack([squared_error.double(), n_active.double()]), "all")
+    return sums[0].to(squared_error.dtype), sums[1]
+
+
+def _replicas_send_rows(rows: Rows, n_latents: int, mesh: Mesh, parallel: ParallelConfig) -> bool:
+    """Whether the exchange is the sparse one, which a process alone takes as well. The same for all processes."""
+    if mesh.n_replicas == 1 or parallel.exchange != "auto":
+        return mesh.n_replicas == 1 or parallel.exchange == "sparse"
+    (n, d_model), width = rows.centred.shape, rows.values.shape[1]
+    sizes = (mesh.n_replicas, n, -(-n_latents // mesh.n_shards), d_model, width, rows.centred.element_size())
+    return exchange.cheaper_exchange(*sizes) == "sparse"
+
+
+def _gradients_of_all_rows(
+    rows: Rows, weights: Working, mesh: Mesh
+) -> tuple[Gradients, Float[Tensor, " d_model"], Bool[Tensor, " n_latents"]]:
+    """Gradients, the sum of grad_recon over tokens and which latents fired, from the rows of all replicas."""
+    rows = exchange.of_all_replicas(rows, mesh)
+    primitives, n_latents = implementation(rows.centred), len(weights.W_enc)
+    order = primitives.order_by_latent(rows.indices, n_latents)
+    grad_latent_bias, row_sum = primitives.bias_gradients(rows.grad_values, order, weights.W_enc)
+    grad_recon_sum = rows.grad_recon.sum(0, dtype=row_sum.dtype)
     gradients = Gradients(
-        W_enc=WeightGradient(n_latents, sparse=SparseRows(decoded.grad_values, order, centred)),
-        W_dec=WeightGradient(n_latents, sparse=SparseRows(values, order, decoded.grad_recon)),
+        W_enc=WeightGradient(n_latents, sparse=SparseRows(rows.grad_values, order, rows.centred)),
+        W_dec=WeightGradient(n_latents, sparse=SparseRows(rows.values, order, rows.grad_recon)),
+        latent_bias=grad_latent_bias,
+        pre_bias=grad_recon_sum - mesh.ordered_sum(row_sum, "shards"),
+    )
+    return gradients, grad_recon_sum, primitives.fired(rows.values, order)
+
+
+def _sum_of_gradients(
+    rows: Rows, weights: Working, mesh: Mesh
+) -> tuple[Gradients, Float[Tensor, " d_model"], Bool[Tensor, " n_latents"]]:
+    """The same, from the gradients of each replica's own rows. The encoder's travel while the decoder's are reduced."""
+    primitives, n_latents = implementation(rows.centred), len(weights.W_enc)
+    order = primitives.order_by_latent(rows.indices, n_latents)
+    W_enc = SparseRows(rows.grad_values, order, rows.centred).dense()
+    finish_W_enc = mesh.start_sum_(W_enc, "replicas")
+    W_dec = SparseRows(rows.values, order, rows.grad_recon).dense()
+    finish_W_dec = mesh.start_sum_(W_dec, "replicas")
+    grad_latent_bias, row_sum = primitives.bias_gradients(rows.grad_values, order, weights.W_enc)
+    grad_recon_sum = mesh.ordered_sum(rows.grad_recon.sum(0, dtype=row_sum.dtype), "replicas")
+    row_sum = mesh.ordered_sum(row_sum, "all")
+    mesh.sum_(grad_latent_bias, "replicas")
+    fired = mesh.max_(primitives.fired(rows.values, order).to(torch.uint8), "replicas")
+    finish_W_enc(), finish_W_dec()
+    gradients = Gradients(
+        W_enc=WeightGradient(n_latents, dense=W_enc),
+        W_dec=WeightGradient(n_latents, dense=W_dec),
         latent_bias=grad_latent_bias,
         pre_bias=grad_recon_sum - row_sum,
     )
-    auxk = torch.zeros_like(mse)
-    if min(config.auxk, len(dead), len(x)) > 0 and config.coefficient > 0:
-        residual = _Residual(decoded.grad_recon, numel / (2 * scale), grad_recon_sum, decoded.squared_error.sum())
-        auxk = _add_auxk_(gradients, weights, latent_bias, centred, residual, dead, config)
-    fired = primitives.fired(values, order)
-    return Step(LossTerms(mse, auxk, torch.zeros_like(mse)), gradients, fired, (values > 0).sum() / max(len(x), 1))
+    return gradients, grad_recon_sum, fired > 0
 
 
 @dataclass(frozen=True)
@@ -152,6 +224,8 @@ class _Residual:
     """x - recon of a batch, which is kept as the gradient that it is proportional to."""
 
     grad_recon: Float[Tensor, "n d_model"]
+    """Of this replica's tokens; the rest is of all."""
+    n_tokens: int
     inverse_scale: float
     """residual = -inverse_scale grad_recon"""
     grad_recon_sum: Float[Tensor, " d_model"]
@@ -159,10 +233,15 @@ class _Residual:
     squared_error: Float[Tensor, ""]
     """Sum of the residual's squares."""
 
+    @property
+    def numel(self) -> int:
+        """Numbers in the residual."""
+        return self.n_tokens * self.grad_recon.shape[1]
+
     def variance(self) -> Float[Tensor, ""]:
         """Over the batch, averaged over coordinates; 0 where nothing but rounding is left of it."""
-        square = self.squared_error / self.grad_recon.numel()
-        mean = self.grad_recon_sum * (self.inverse_scale / len(self.grad_recon))
+        square = self.squared_error / self.numel
+        mean = self.grad_recon_sum * (self.inverse_scale / self.n_tokens)
         variance = square - mean.pow(2).mean()
         rounding = max(torch.finfo(self.grad_recon.dtype).eps, 16 * torch.finfo(square.dtype).eps)
         return torch.where(variance > rounding * square, variance, 0)
@@ -176,6 +255,7 @@ def _add_auxk_(
     residual: _Residual,
     dead: DeadSubset,
     config: AuxKConfig,
+    mesh: Mesh,
 ) -> Float[Tensor, ""]:
     """Add AuxK's gradients to `gradients` and return its loss term.
 
@@ -185,7 +265,7 @@ def _add_auxk_(
 
     Source: Gao et al. 2024, appendix A.2.
     """
-    k = min(config.auxk, len(dead))
+    k = min(config.auxk, len(dead) * mesh.n_shards)
     chosen = dead.latents.clamp(max=len(latent_bias) - 1)
     weights = DeadWeights(
         W_enc=working.W_enc[chosen],
@@ -193,10 +273,16 @@ def _add_auxk_(
         bias=torch.where(dead.dead, latent_bias[chosen], NEVER),
         k=k,
     )
-    numel, variance = centred.numel(), residual.variance()
+    numel, variance = residual.numel, residual.variance()
     factor = (2 * config.coefficient / numel) / variance
-    dense = len(dead) <= DENSE_AUXK_BELOW[centred.device.type] * k
-    sums = auxk_gradients(weights, centred, residual.grad_recon, residual.inverse_scale, factor, dense=dense)
+    given = (weights, centred, residual.grad_recon, residual.inverse_scale, factor)
+    if mesh.n_shards > 1:
+        sums = exchange.auxk_sums(*given, mesh)
+    else:
+        sums = auxk_gradients(*given, dense=len(dead) <= DENSE_AUXK_BELOW[centred.device.type] * k)
+    sums.squared_error = mesh.ordered_sum(sums.squared_error, "all")
+    for part in (sums.W_enc, sums.W_dec, sums.latent_bias):
+        mesh.sum_(part, "replicas")
     term = sums.squared_error / numel * config.coefficient / variance
     usable = torch.isfinite(term) & (variance > 0)
     _add_subset_(gradients, dead.latents, chosen, sums, usable)
@@ -215,8 +301,11 @@ def _add_subset_(
     position = torch.full((n_latents + 1,), -1, dtype=torch.int32, device=device)
     position.scatter_(0, latents, torch.arange(len(latents), dtype=torch.int32, device=device))
     for weight, rows in ((gradients.W_enc, sums.W_enc), (gradients.W_dec, sums.W_dec)):
-        weight.subset, weight.position = latents, position[:n_latents]
-        weight.subset_rows = torch.where(usable, rows, 0)
+        rows = torch.where(usable, rows, 0)
+        if weight.dense is not None:
+            weight.dense.index_add_(0, chosen, rows)
+        else:
+            weight.subset, weight.position, weight.subset_rows = latents, position[:n_latents], rows
     gradients.latent_bias.index_add_(0, chosen, torch.where(usable, sums.latent_bias, 0))
 
 

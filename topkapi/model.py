@@ -10,14 +10,16 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from topkapi import ops, published
+from topkapi import exchange, ops, published
 from topkapi.console import say
 from topkapi.errors import TopkapiError
 from topkapi.files import write_text_atomic
 from topkapi.geometric_median import geometric_median
 from topkapi.ops.normalise import normalised
+from topkapi.parallel import ALONE, Mesh
 
 DENSE_ELEMENTS = 2**25  # latents of a ReLU autoencoder in memory at a time
+DRAWN_TOGETHER = 2**16  # latents whose initial directions are one stream of random numbers
 PARAMETERS = ("W_enc", "W_dec", "latent_bias", "pre_bias")
 
 
@@ -40,6 +42,9 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="topkapi", licen
     `from_pretrained` and `push_to_hub` work as everywhere; the published config.json holds the normalisation, the
     site, the language model's name and the training summary.
 
+    A shard holds the rows `latents` of them, those that a process alone would start with; it is an autoencoder only
+    together with the others (`topkapi.exchange`), and encodes and decodes nothing by itself.
+
     Raises:
         TopkapiError: k > n_latents, or a size below 1.
 
@@ -56,6 +61,7 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="topkapi", licen
         language_model: str = "",
         site: str = "",
         seed: int = 0,
+        latents: slice | None = None,
         training: dict[str, Any] | None = None,
         summary: dict[str, Any] | None = None,
     ) -> None:
@@ -69,16 +75,15 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="topkapi", licen
         self.activation = activation
         self.language_model, self.site = language_model, site
         self.training_config, self.summary = training, summary or {}
-        directions = torch.randn(n_latents, d_model, generator=torch.Generator().manual_seed(seed))
-        directions /= directions.norm(dim=1, keepdim=True)
+        directions = _directions(n_latents, d_model, seed, latents or slice(0, n_latents))
         self.W_dec = nn.Parameter(directions)
         self.W_enc = nn.Parameter(directions.clone())
-        self.latent_bias = nn.Parameter(torch.zeros(n_latents))
+        self.latent_bias = nn.Parameter(torch.zeros(len(directions)))
         self.pre_bias = nn.Parameter(torch.zeros(d_model))
 
     @torch.no_grad()
-    def initialise_(self, sample: Float[Tensor, "n d_model"], encoder_scale: float = 1.0) -> None:
-        """Fit pre_bias and the encoder's scale to a sample of normalised activations.
+    def initialise_(self, sample: Float[Tensor, "n d_model"], encoder_scale: float = 1.0, mesh: Mesh = ALONE) -> None:
+        """Fit pre_bias and the encoder's scale to a sample of normalised activations, the same on all of a mesh.
 
         pre_bias becomes the sample's geometric median. The encoder, parallel to the decoder, is scaled so that
         reconstructions are `encoder_scale` times as long as what they reconstruct:
@@ -90,12 +95,20 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="topkapi", licen
         median = geometric_median(sample)
         if not median.converged:
             say(f"warning: the geometric median did not converge (slope {median.slope:.1e}); going on with it.")
-        self.pre_bias.copy_(median.point)
+        self.pre_bias.copy_(mesh.broadcast_(median.point.to(self.pre_bias.dtype)))
         part = sample[:4096]
-        recon = torch.cat([self.decode(*self.encode(rows)) for rows in part.split(512)]) - self.pre_bias
-        length = recon.norm(dim=1).mean()
+        length = torch.cat([self._recon_length(rows, mesh) for rows in part.split(512)]).mean()
         if length > 0:
-            self.W_enc.mul_(encoder_scale * (part - self.pre_bias).norm(dim=1).mean() / length)
+            factor = encoder_scale * (part - self.pre_bias).norm(dim=1).mean() / length
+            self.W_enc.mul_(mesh.broadcast_(factor))
+
+    def _recon_length(self, x: Float[Tensor, "n d_model"], mesh: Mesh) -> Float[Tensor, " n"]:
+        """|recon - pre_bias| of each token; on a mesh from all shards."""
+        if mesh.n_shards == 1:
+            return (self.decode(*self.encode(x)) - self.pre_bias).norm(dim=1)
+        width = min(self.k, -(-self.n_latents // mesh.n_shards))
+        code = exchange.select(x - self.pre_bias, self.W_enc, self.latent_bias, self.k, width, mesh)
+        return mesh.ordered_sum(ops.implementation(x).dense_sparse_matmul(*code, self.W_dec), "shards").norm(dim=1)
 
     @staticmethod
     def normalise(raw: Float[Tensor, "... d_model"]) -> Normalised:
@@ -209,6 +222,21 @@ class Working:
         if precision != "float32":
             W_enc, W_dec = W_enc.to(torch.bfloat16), W_dec.to(torch.bfloat16)
         return cls(W_enc, W_dec, "fp8" if precision == "fp8" else "bf16")
+
+
+def _directions(n_latents: int, d_model: int, seed: int, latents: slice) -> Float[Tensor, "rows d_model"]:
+    """Random unit vectors, the rows `latents` of n_latents, without making those of more than two blocks besides.
+
+    Each block of DRAWN_TOGETHER latents has a generator of its own, the first one that of `seed`.
+    """
+    out = torch.empty(latents.stop - latents.start, d_model)
+    for block in range(latents.start // DRAWN_TOGETHER, -(-latents.stop // DRAWN_TOGETHER)):
+        first = block * DRAWN_TOGETHER
+        generator = torch.Generator().manual_seed((seed + block * 0x9E3779B1) % 2**32)  # 32 bits are all it uses
+        drawn = torch.randn(min(DRAWN_TOGETHER, n_latents - first), d_model, generator=generator)
+        start, stop = max(latents.start, first), min(latents.stop, first + len(drawn))
+        out[start - latents.start : stop - latents.start] = drawn[start - first : stop - first]
+    return out.div_(out.norm(dim=1, keepdim=True))
 
 
 def _model_card(ae: Autoencoder) -> str:

@@ -32,6 +32,7 @@ from topkapi.gradients import Gradients, WeightGradient
 from topkapi.model import PARAMETERS, Autoencoder, Working
 from topkapi.ops import AdamStep, RowGradient, RowState, implementation
 from topkapi.ops.reference import adam_, unit_norm_
+from topkapi.parallel import ALONE, Mesh
 
 WEIGHTS = ("W_enc", "W_dec")
 BIASES = ("latent_bias", "pre_bias")
@@ -53,14 +54,16 @@ class Optimizer:
     """Adam with the decoder's norm held, and an exponential moving average of the weights.
 
     Keeps the working weights up to date, those of `Working.of(ae)` if none are given. Low-memory state asks for bf16
-    weights, and computes with them.
+    weights, and computes with them. On a mesh it updates this shard's latents; the gradient norm is that of all.
 
     Raises:
         TopkapiError: low-memory state of weights that are not bf16.
     """
 
-    def __init__(self, ae: Autoencoder, config: OptimConfig, working: Working | None = None) -> None:
-        self.config, self.n_steps = config, 0
+    def __init__(
+        self, ae: Autoencoder, config: OptimConfig, working: Working | None = None, mesh: Mesh = ALONE
+    ) -> None:
+        self.config, self.n_steps, self.mesh = config, 0, mesh
         self.bias_scale = math.sqrt(max(ae.d_model - 1, 1))
         self.working = working or Working.of(ae)
         self.moments = {name: self._moments(name, getattr(ae, name).detach()) for name in PARAMETERS}
@@ -122,11 +125,12 @@ class Optimizer:
         return RowState(weight, **vars(self.moments[name]), working=working if is_copy else None)
 
     def _norm(self, ae: Autoencoder, gradients: Gradients, rows: dict[str, RowGradient]) -> Float[Tensor, ""]:
-        squares = [getattr(gradients, name).double().pow(2).sum() for name in BIASES]
+        squares = [gradients.latent_bias.double().pow(2).sum()]
         for name in WEIGHTS:
             weight = getattr(ae, name).detach()
             squares.append(implementation(weight).gradient_squares(rows[name], weight, self._is_projected(name)))
-        return torch.stack(squares).sum().sqrt()
+        of_latents = self.mesh.ordered_sum(torch.stack(squares).sum(), "shards")
+        return (of_latents + gradients.pre_bias.double().pow(2).sum()).sqrt()
 
     @torch.no_grad()
     def averaged(self, ae: Autoencoder) -> dict[str, Tensor]:

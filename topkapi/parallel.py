@@ -90,6 +90,20 @@ class Mesh:
             dist.all_reduce(x, group=self._group(group))
         return x
 
+    def start_sum_(self, x: Tensor, group: Group) -> Callable[[], None]:
+        """Start `sum_`, which goes on beside the work that follows; what comes back waits for it."""
+        if self.size(group) == 1:
+            return lambda: None
+        return dist.all_reduce(x, group=self._group(group), async_op=True).wait
+
+    def ordered_sum(self, x: Tensor, group: Group) -> Tensor:
+        """The sum over the group's members, added up in their order, for small tensors.
+
+        All members get the same bits, and so do groups whose members have the same bits: `sum_` may add up in another
+        order elsewhere, and what is the same everywhere, as pre_bias is, must not drift apart.
+        """
+        return x if self.size(group) == 1 else self.gather(x[None], group).sum(0)
+
     def max_(self, x: Tensor, group: Group) -> Tensor:
         """`x` becomes the largest over the group's members."""
         if self.size(group) > 1:
@@ -194,6 +208,9 @@ class Mesh:
         if group == "all":
             return self.world or dist.group.WORLD
         return self.device_mesh.get_group(group)
+
+
+ALONE = Mesh()
 
 
 def launched() -> bool:

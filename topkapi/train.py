@@ -23,7 +23,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -46,7 +46,7 @@ from topkapi.metrics import MetricsLog, NoLog, require
 from topkapi.model import PARAMETERS, Autoencoder, Working
 from topkapi.ops.normalise import normalise
 from topkapi.optim import Optimizer, learning_rate
-from topkapi.parallel import Mesh, device_of, launched, open_mesh
+from topkapi.parallel import ALONE, Mesh, device_of, launched, open_mesh
 
 WEIGHTS = ("W_enc", "W_dec")
 WITHOUT_LATENTS = "pre_bias"  # the parameter that is the same on every shard
@@ -85,6 +85,14 @@ class _Measured:
     is_finite: bool
 
 
+class _Last(NamedTuple):
+    """What is kept of a step; not the gradients, which would fill memory."""
+
+    terms: LossTerms
+    l0: Tensor
+    lost: Tensor | None
+
+
 class Trainer:
     """One autoencoder in training: parameters, optimiser, dead counter, log and run folder."""
 
@@ -94,10 +102,10 @@ class Trainer:
         run: Path,
         source: Source,
         sample: Float[Tensor, "n d_model"] | None,
-        mesh: Mesh | None = None,
+        mesh: Mesh = ALONE,
     ) -> None:
         """Starts from a sample of raw activations; without one, `load_` must follow. The config is a resolved one."""
-        self.config, self.run, self.mesh = config, run, mesh or Mesh()
+        self.config, self.run, self.mesh = config, run, mesh
         self.source_identity = source.blocks.identity
         model, language_model = config.model, source.language_model
         ae = Autoencoder(
@@ -108,6 +116,7 @@ class Trainer:
             language_model=config.language_model.name,
             site=config.language_model.site,
             seed=model.seed,
+            latents=mesh.latents(model.n_latents),
             training=to_dict(config),
         )
         if config.optim.state == "low_memory":
@@ -116,27 +125,26 @@ class Trainer:
         self.ae = ae.to(language_model.device)
         if sample is not None:
             x = normalise(sample.to(language_model.device), torch.float32)
-            self.ae.initialise_(x, model.encoder_scale)
-            self.scale = mse_scale(x)
+            self.ae.initialise_(x, model.encoder_scale, mesh)
+            self.scale = mesh.on_first(lambda: mse_scale(x))
         self.working = Working.of(self.ae, config.precision)
-        self.optimizer = Optimizer(self.ae, config.optim, self.working)
-        self.dead = DeadCounter(model.n_latents, language_model.device)
+        self.optimizer = Optimizer(self.ae, config.optim, self.working, mesh)
+        self.dead = DeadCounter(len(self.ae.latent_bias), language_model.device, mesh)
         self.latest: dict[str, float] = {}
-        self._last: tuple[LossTerms, Tensor] | None = None  # and l0; not the gradients, which would fill memory
+        self._last: _Last | None = None
         self._measured: _Measured | None = None
 
     def step_(self, x: Float[Tensor, "n d_model"], step: int) -> None:
         """Train on one batch of normalised activations."""
-        config = self.config
-        x = self.mesh.gather(x, "replicas")
+        config, n_tokens = self.config, len(x) * self.mesh.n_replicas
         if config.model.activation == "topk":
-            subset = self.dead.subset(config.auxk.dead_after, len(x))
-            found = topk_step(self.ae, x, self.scale, subset, config.auxk, self.working)
+            subset = self.dead.subset(config.auxk.dead_after, n_tokens)
+            found = topk_step(self.ae, x, self.scale, subset, config.auxk, self.working, self.mesh, config.parallel)
         else:
             found = relu_step(self.ae, x, self.scale, config.loss)
         self.optimizer.step_(self.ae, found.gradients, learning_rate(config.optim, step, config.n_steps))
-        self.dead.count_(found.fired, len(x))
-        self._last, self._measured = (found.terms, found.l0), None
+        self.dead.count_(found.fired, n_tokens)
+        self._last, self._measured = _Last(found.terms, found.l0, found.lost), None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -154,11 +162,13 @@ class Trainer:
         if self._measured is None:
             named, sums = {}, [getattr(self.ae, name).detach().sum() for name in PARAMETERS]
             if self._last is not None:
-                terms, l0 = self._last
-                named = {**vars(terms), "l0": l0}
-                sums.append(terms.total())
+                last = self._last
+                named = {**vars(last.terms), "l0": last.l0} | ({} if last.lost is None else {"lost": last.lost})
+                sums.append(last.terms.total())
             n_dead = self.dead.dead(self.config.auxk.dead_after).sum()
-            of_shards = self.mesh.sum_(torch.stack([value.detach().double() for value in (n_dead, *sums)]), "shards")
+            of_shards = self.mesh.ordered_sum(
+                torch.stack([value.detach().double() for value in (n_dead, *sums)]), "shards"
+            )
             found = (*named.values(), of_shards[0] / self.config.model.n_latents, of_shards.isfinite().all())
             *numbers, dead, finite = torch.stack([value.detach().double() for value in found]).tolist()
             named = dict(zip(named, numbers, strict=True)) | ({"dead_fraction": dead} if named else {})
@@ -415,12 +425,11 @@ def open_text(config: TrainConfig) -> Text:
     return Text(language_model, tokenize(config.data, language_model.tokenizer, config.language_model.name))
 
 
-def open_source(config: TrainConfig, mesh: Mesh | None = None) -> Source:
+def open_source(config: TrainConfig, mesh: Mesh = ALONE) -> Source:
     """Language model, tokens and activation blocks of a run; fills the activation cache where one is asked for.
 
     All processes of a mesh call it; what one can do for all of them is done by rank 0 while the others wait.
     """
-    mesh = mesh or Mesh()
     text = mesh.first_before_others(lambda: open_text(config))
     live = LiveBlocks(text.language_model, text.splits.train, config.data, mesh.apart())
     if config.data.source == "live":

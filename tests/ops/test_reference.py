@@ -1,7 +1,8 @@
 """The sparse operations equal dense matrix algebra.
 
 Seen to catch: groups of columns taken consecutively while their members are enumerated with a stride (wrong values);
-`rest` left out of the candidates (last columns never selected); offsets counted from the wrong block.
+`rest` left out of the candidates (last columns never selected); offsets counted from the wrong block; of equal
+pre-activations the last columns kept; not a number counted as less than the edge.
 """
 
 import pytest
@@ -60,6 +61,60 @@ def test_ties_keep_exactly_k_distinct_latents() -> None:
     values, indices = ops.encode_topk(x, W_enc, latent_bias, pre_bias, 7)
     assert values.tolist() == [[2.0] * 7] * 3
     assert all(len(row.unique()) == 7 for row in indices)
+
+
+@given(sizes, st.integers(1, 40), st.sampled_from([2, 4, 40]))
+@settings(deadline=None, max_examples=200)
+def test_of_equal_pre_activations_the_first_are_kept(size: tuple[int, int, int, int], k: int, distinct: int) -> None:
+    n, n_latents, _, seed = size
+    k, generator = min(k, n_latents), torch.Generator().manual_seed(seed)
+    x = torch.eye(n, dtype=torch.float64)  # pre-activations are the weights
+    W_enc = torch.randint(-distinct, distinct, (n_latents, n), generator=generator).double()
+    zeros = torch.zeros(n_latents, dtype=torch.float64)
+    values, indices = ops.encode_topk(x, W_enc, zeros, torch.zeros(n, dtype=torch.float64), k)
+    wanted, columns = W_enc.T.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(values, wanted[:, :k].relu())
+    positive = values > 0
+    assert torch.equal(indices[positive], columns[:, :k][positive])
+
+
+def test_ties_beside_numbers_that_are_none() -> None:
+    pre_acts = torch.tensor([[1.0, torch.nan, 3.0, 3.0, 2.0, 3.0], [1, 1, 1, -torch.inf, torch.inf, 1]])
+    values, columns = reference._top_k(pre_acts, 3)
+    assert columns.tolist() == [[1, 2, 3], [4, 0, 1]]
+    assert values[0, 0].isnan()
+
+
+def test_nobody_takes_part_in_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    n, n_latents, k = 9, 12, 5
+    _, weight, _, _ = made(n, n_latents, 6, seed=1)
+    rows = torch.randn(n, 6, generator=generator, dtype=torch.float64)
+    indices = torch.randint(n_latents, (n, k), generator=generator)
+    values = torch.rand(n, k, generator=generator, dtype=torch.float64)
+    dropped = torch.rand(n, k, generator=generator) < 0.5
+    values[dropped] = 0
+    nobodys = torch.where(dropped, n_latents, indices)
+    order, wanted = reference.order_by_latent(nobodys, n_latents), reference.order_by_latent(indices, n_latents)
+    assert int(order.offsets[-1]) == int((~dropped).sum())
+    for mine, theirs in zip(
+        (
+            reference.dense_sparse_matmul(values, nobodys, weight),
+            reference.transposed_dense_sparse_matmul(values, order, rows, 0, n_latents),
+            *reference.bias_gradients(values, order, weight),
+            reference.fired(values, order),
+        ),
+        (
+            reference.dense_sparse_matmul(values, indices, weight),
+            reference.transposed_dense_sparse_matmul(values, wanted, rows, 0, n_latents),
+            *reference.bias_gradients(values, wanted, weight),
+            reference.fired(values, wanted),
+        ),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs)
+    dots = reference.matmul_at_sparse_indices(rows, weight, nobodys)
+    torch.testing.assert_close(dots, (rows @ weight.T).gather(1, indices).masked_fill(dropped, 0))
 
 
 @given(sizes, st.integers(0, 5))

@@ -1,7 +1,7 @@
 """Each sparse kernel is as close to float64 as plain PyTorch in the same dtype, at odd shapes.
 
 Seen to catch: columns read beyond the last; the last column not written; a block of sorted pairs counted both as whole
-and pair by pair, or not at all; blocks of a segment counted from its first pair; the squared error against the target.
+and pair by pair, or not at all; blocks of a segment counted from its first pair; the squared error against the target; nobody's row of a weight read.
 """
 
 from collections.abc import Callable
@@ -66,6 +66,44 @@ def test_products(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     exact = reference.matmul_at_sparse_indices(rows.double(), weight.double(), indices)
     plain = reference.matmul_at_sparse_indices(rows, weight, indices)
     assert_as_close(matmul_at_sparse_indices(rows, weight, indices), plain, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_may_come_back_wide(dtype: torch.dtype) -> None:
+    code = Code((9, 37, 33, 4), dtype)
+    sums = code.values.dtype
+    plain = reference.dense_sparse_matmul(code.values, code.indices, code.weight, sums)
+    exact = reference.dense_sparse_matmul(code.values.double(), code.indices, code.weight.double())
+    assert_as_close(dense_sparse_matmul(code.values, code.indices, code.weight, sums), plain, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES[:5], (60, 5, 7, 4)])  # 60: blocks of nobody's pairs alone
+def test_nobody_takes_part_in_nothing(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    code = Code(shape, dtype)
+    n_latents, weight, rows = code.n_latents, code.weight, code.rows
+    code.values[torch.rand(code.values.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.6] = 0
+    dropped = code.values == 0
+    nobodys = torch.where(dropped, n_latents, code.indices)
+    beyond = torch.cat([weight, torch.full_like(weight[:1], torch.nan)])[
+        :n_latents
+    ]  # what a read of row n_latents finds
+    order = weight_gradients.order_by_latent(nobodys, n_latents)
+    assert torch.equal(order.offsets.long(), reference.order_by_latent(nobodys, n_latents).offsets)
+    plain = reference.order_by_latent(code.indices, n_latents)
+    wanted = reference.dense_sparse_matmul(code.values, code.indices, weight)
+    torch.testing.assert_close(dense_sparse_matmul(code.values, nobodys, beyond), wanted, equal_nan=False)
+    wanted = reference.matmul_at_sparse_indices(rows, weight, code.indices).masked_fill(dropped, 0)
+    found = matmul_at_sparse_indices(rows, beyond, nobodys)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert not found[dropped].any()
+    wanted = reference.transposed_dense_sparse_matmul(code.values, plain, rows, 0, n_latents)
+    ours = weight_gradients.transposed_dense_sparse_matmul(code.values, order, rows, 0, n_latents)
+    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+    sums, products = weight_gradients.bias_gradients(code.values, order, weight)
+    torch.testing.assert_close(sums, reference.latent_sums(code.values, plain, n_latents), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(products, reference.bias_gradients(code.values, plain, weight)[1], rtol=1e-3, atol=1e-3)
+    assert torch.equal(weight_gradients.fired(code.values, order), reference.fired(code.values, plain))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

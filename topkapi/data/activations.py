@@ -31,7 +31,7 @@ from topkapi.data.tokens import TokenFile
 from topkapi.data.transfer import to_device, to_host
 from topkapi.errors import TopkapiError
 from topkapi.files import read_json, sha256, write_atomic, write_json
-from topkapi.parallel import Mesh
+from topkapi.parallel import ALONE, Mesh
 
 FORMAT = 1  # of the cache; raised when blocks of an older one would differ
 ROWS_AT_ONCE = 8_192  # bounds the float32 copies made to measure norms
@@ -96,7 +96,7 @@ def harvest(
     context_ids: Int[np.ndarray, " b"],
     config: DataConfig,
     advance: Callable[[int], object] = lambda _: None,
-    mesh: Mesh | None = None,
+    mesh: Mesh = ALONE,
 ) -> tuple[Block, HarvestCounts]:
     """The block of these contexts, on the language model's device; `advance` hears of tokens as they are done.
 
@@ -106,7 +106,6 @@ def harvest(
     Raises:
         TopkapiError: an activation is not finite.
     """
-    mesh = mesh or Mesh()
     tokens = token_file.context_tokens(context_ids, config.context)
     kept = kept_positions(tokens, config, lm.special_ids)
     x = torch.empty(int(kept.sum()), lm.d_model, dtype=torch.bfloat16, device=lm.device)
@@ -188,9 +187,9 @@ def _norms(x: BFloat16[Tensor, "rows d_model"]) -> Float32[Tensor, " rows"]:
 class LiveBlocks:
     """Blocks computed each time they are asked for; block i always holds the same contexts."""
 
-    def __init__(self, lm: LanguageModel, token_file: TokenFile, config: DataConfig, mesh: Mesh | None = None) -> None:
+    def __init__(self, lm: LanguageModel, token_file: TokenFile, config: DataConfig, mesh: Mesh = ALONE) -> None:
         """With a mesh its processes compute blocks together: all ask for the same ones in the same order."""
-        self.lm, self.token_file, self.config, self.mesh = lm, token_file, config, mesh or Mesh()
+        self.lm, self.token_file, self.config, self.mesh = lm, token_file, config, mesh
         self.d_model = lm.d_model
         n_contexts = token_file.n_contexts(config.context)
         if n_contexts == 0:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from topkapi.data.activations import Blocks
 from topkapi.errors import TopkapiError
-from topkapi.parallel import Mesh
+from topkapi.parallel import ALONE, Mesh
 
 
 @lru_cache(maxsize=4)
@@ -58,8 +58,8 @@ class ShuffledBatches:
         TopkapiError: batch_tokens cannot be divided among the replicas.
     """
 
-    def __init__(self, blocks: Blocks, batch_tokens: int, seed: int, mesh: Mesh | None = None) -> None:
-        self.blocks, self.batch_tokens, self.seed, self.mesh = blocks, batch_tokens, seed, mesh or Mesh()
+    def __init__(self, blocks: Blocks, batch_tokens: int, seed: int, mesh: Mesh = ALONE) -> None:
+        self.blocks, self.batch_tokens, self.seed, self.mesh = blocks, batch_tokens, seed, mesh
         self._bounds = part_of_batch(batch_tokens, self.mesh)
         self._epoch = self._place = self._row = self._n_empty = 0
         self._open: Opened | None = None

@@ -27,7 +27,7 @@ from torch import Tensor
 from topkapi.data.activations import Blocks, LiveBlocks
 from topkapi.data.batches import Opened, ShuffledBatches
 from topkapi.data.transfer import Lane, Moment, follow, now, to_device, wait
-from topkapi.parallel import Mesh
+from topkapi.parallel import ALONE, Mesh
 
 
 class _Closed(Exception):
@@ -61,9 +61,7 @@ class BatchesAhead(ShuffledBatches):
     memory is used again. In memory: two blocks and two batches. `close` ends the thread.
     """
 
-    def __init__(
-        self, blocks: Blocks, batch_tokens: int, seed: int, device: torch.device, mesh: Mesh | None = None
-    ) -> None:
+    def __init__(self, blocks: Blocks, batch_tokens: int, seed: int, device: torch.device, mesh: Mesh = ALONE) -> None:
         super().__init__(blocks, batch_tokens, seed, mesh)
         self.device = device
         self._reading, self._gathering = Lane(device), Lane(device, urgent=True)
@@ -191,7 +189,7 @@ class BatchesAhead(ShuffledBatches):
 
 
 def open_batches(
-    blocks: Blocks, batch_tokens: int, seed: int, device: torch.device, mesh: Mesh | None = None
+    blocks: Blocks, batch_tokens: int, seed: int, device: torch.device, mesh: Mesh = ALONE
 ) -> ShuffledBatches:
     """The batches of a run that trains on `device`: ahead of time on a CUDA device, one after another on a CPU."""
     if device.type == "cuda":

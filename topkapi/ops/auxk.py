@@ -74,7 +74,7 @@ def auxk_gradients(
     row_bytes = 2 * m * centred.element_size() if dense else weights.k * SPARSE_ENTRY_BYTES
     scratch = centred.new_empty(2, _chunk_rows(n, row_bytes), m) if dense else None
     sums = None
-    for rows in _chunks(n, row_bytes):
+    for rows in chunks(n, row_bytes):
         if scratch is not None:
             part = _dense(weights, centred[rows], grad_recon[rows], inverse_scale, factor, scratch)
         else:
@@ -89,7 +89,8 @@ def _chunk_rows(n: int, row_bytes: int) -> int:
     return -(-n // min(max(n_chunks, 1), n))
 
 
-def _chunks(n: int, row_bytes: int) -> Iterator[slice]:
+def chunks(n: int, row_bytes: int) -> Iterator[slice]:
+    """Parts of n tokens that take `row_bytes` each, of at most SCRATCH_BYTES."""
     rows = _chunk_rows(n, row_bytes)
     return (slice(start, start + rows) for start in range(0, n, rows))
 

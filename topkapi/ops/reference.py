@@ -7,6 +7,9 @@ Two facts shape the CPU code, both measured at n_latents=16 384, d_model=576, k=
 touching fresh memory costs more than arithmetic (zeroing a new 38 MB tensor takes 78 ms, copying one 2.6 ms), so
 large temporaries are kept and reused; and `embedding_bag`, in both directions, runs 5 times faster than gathering
 rows and multiplying.
+
+A code may have entries that belong to nobody: value 0 and the index n_latents. They are what a shard makes of candidates
+that other shards' beat (`keep_largest`), and take part in nothing.
 """
 
 import threading
@@ -28,7 +31,10 @@ _kept = threading.local()
 
 
 class LatentOrder(NamedTuple):
-    """The (token, latent) pairs of a sparse code, sorted by latent; ties keep the tokens' order."""
+    """The (token, latent) pairs of a sparse code, sorted by latent; ties keep the tokens' order.
+
+    Pairs of nobody (latent n_latents) come last and belong to no segment.
+    """
 
     pairs: Int[Tensor, " pairs"]
     """Positions in the flattened (n, k) code; a pair's token is its position // k."""
@@ -134,7 +140,22 @@ def encode_topk(
 
 
 def _top_k(pre_acts: Float[Tensor, "n n_latents"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """The k largest of each row and their columns, in no particular order.
+    """The k largest of each row and their columns, the largest first; of equal ones above 0 the first columns first.
+
+    So the same latents are kept however the columns are divided among processes. Equal values are rare: rows that have
+    them are found by looking at the k + 1 largest, and only these are gone through again.
+    """
+    values, columns = _largest(pre_acts, min(k + 1, pre_acts.shape[1]))
+    tied = (values[:, 1:] == values[:, :-1]) & (values[:, 1:] > 0)
+    rows = tied.any(1).nonzero().flatten()
+    values, columns = values[:, :k], columns[:, :k]
+    if len(rows):
+        values[rows], columns[rows] = _first_of_equals(pre_acts[rows], values[rows, k - 1 :], k)
+    return values, columns
+
+
+def _largest(pre_acts: Float[Tensor, "n n_latents"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    """The k largest of each row, sorted, and their columns; of equal ones any.
 
     Where k is small beside n_latents, first keeps the k groups of GROUP columns with the largest maxima: the k
     largest values of a row lie in them. Group j is the columns j, j + n_groups, j + 2 n_groups, ..., so the maxima
@@ -143,7 +164,7 @@ def _top_k(pre_acts: Float[Tensor, "n n_latents"], k: int) -> tuple[Float[Tensor
     n, n_latents = pre_acts.shape
     n_groups = n_latents // GROUP
     if n_groups + GROUP * k > n_latents // 4:
-        return tuple(pre_acts.topk(k, sorted=False))
+        return tuple(pre_acts.topk(k))
     grouped = pre_acts[:, : n_groups * GROUP].unflatten(1, (GROUP, n_groups))
     _, groups = grouped.amax(1).topk(k, sorted=False)
     members = torch.arange(0, n_groups * GROUP, n_groups, device=pre_acts.device)
@@ -151,8 +172,58 @@ def _top_k(pre_acts: Float[Tensor, "n n_latents"], k: int) -> tuple[Float[Tensor
     if n_groups * GROUP < n_latents:
         rest = torch.arange(n_groups * GROUP, n_latents, device=pre_acts.device).expand(n, -1)
         columns = torch.cat([columns, rest], dim=1)
-    values, chosen = pre_acts.gather(1, columns).topk(k, sorted=False)
+    values, chosen = pre_acts.gather(1, columns).topk(k)
     return values, columns.gather(1, chosen)
+
+
+def _first_of_equals(
+    pre_acts: Float[Tensor, "n n_latents"], edge: Float[Tensor, "n 1"], k: int
+) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    """`_top_k` of rows whose k-th largest value is `edge`, by counting."""
+    above = ~(pre_acts <= edge)  # not a number counts as above, as it does in `torch.topk`
+    room = k - above.sum(1, keepdim=True)
+    equal = pre_acts == edge
+    keep = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= room))
+    columns = keep.nonzero()[:, 1].view(-1, k)
+    values, order = pre_acts.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    return values, columns.gather(1, order)
+
+
+@torch.no_grad()
+def keep_largest(
+    values: Float[Tensor, "n c"],
+    indices: Int[Tensor, "n c"],
+    gathered: Float[Tensor, "shards_times_n c"],
+    shard: int,
+    k: int,
+    nobody: int,
+) -> tuple[Float[Tensor, "n c"], Int[Tensor, "n c"]]:
+    """The candidates of one shard that are among the k largest of all shards'; the others become 0 and `nobody`.
+
+    `gathered` holds the candidates' values of shard 0, then those of shard 1, and so on, `values` among them. Of equal
+    values those of lower shards are kept, and within a shard the first, so that exactly k of a row stay if as many are
+    above 0; candidates that are 0 or less never do. With shards in the order of their latents, and candidates
+    of equal value too, these are the k largest by value, then latent. Holds about SCRATCH_BYTES at most.
+    """
+    n, width = values.shape
+    everyone = gathered.view(len(gathered) // max(n, 1), n, width).transpose(0, 1)  # (n, shards, width)
+    out, latents = torch.empty_like(values), torch.empty_like(indices)
+    rows = max(1, SCRATCH_BYTES // (32 * max(everyone[:1].numel(), 1)))  # of copies, masks, counts and the sort
+    for start in range(0, n, rows):
+        part = slice(start, start + rows)
+        keep = _among_largest(everyone[part].flatten(1), k)[:, shard * width : (shard + 1) * width]
+        out[part] = torch.where(keep, values[part], 0)
+        latents[part] = torch.where(keep, indices[part], nobody)
+    return out, latents
+
+
+def _among_largest(values: Float[Tensor, "n m"], k: int) -> Bool[Tensor, "n m"]:
+    """Which entries of a row are above 0 and among the k largest; of equal ones the first."""
+    edge = values.topk(min(k, values.shape[1])).values[:, -1:]
+    above = values > edge
+    equal = values == edge
+    room = k - above.sum(1, keepdim=True)
+    return (above | (equal & (equal.cumsum(1, dtype=torch.int32) <= room))) & (values > 0)
 
 
 @torch.no_grad()
@@ -160,16 +231,21 @@ def dense_sparse_matmul(
     values: Float[Tensor, "n k"],
     indices: Int[Tensor, "n k"],
     weight: Float[Tensor, "n_latents d_model"],
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "n d_model"]:
-    """See `topkapi.ops.dense_sparse_matmul`. The sum is taken in float32 (float64 for float64)."""
-    return _decode(values, indices, weight).to(weight.dtype)
+    """See `topkapi.ops.dense_sparse_matmul`. The sum is taken in float32 (float64 for float64).
+
+    It comes back as `dtype`, or as the weight's. Entries of nobody count for nothing.
+    """
+    return _decode(values, indices, weight).to(dtype or weight.dtype)
 
 
 def _decode(values: Tensor, indices: Tensor, weight: Tensor) -> Float[Tensor, "n d_model"]:
     if indices.numel() == 0:  # embedding_bag refuses bags of no entries
         return _wide(weight[:0]).new_zeros(len(indices), weight.shape[1])
     weight = _wide(weight)
-    return embedding_bag(indices, weight, per_sample_weights=values.to(weight.dtype), mode="sum")
+    latents = indices.clamp(max=len(weight) - 1)  # nobody's value is 0
+    return embedding_bag(latents, weight, per_sample_weights=values.to(weight.dtype), mode="sum")
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -183,7 +259,7 @@ def matmul_at_sparse_indices(
     weight: Float[Tensor, "n_latents d_model"],
     indices: Int[Tensor, "n k"],
 ) -> Float[Tensor, "n k"]:
-    """See `topkapi.ops.matmul_at_sparse_indices`. Comes back in float32 (float64 for float64 weights).
+    """See `topkapi.ops.matmul_at_sparse_indices`. Comes back in float32 (float64 for float64 weights); nobody's are 0.
 
     The operator below is the one autograd runs for the gradient of `embedding_bag` with respect to its weights
     per sample; reached through autograd it would first cost a forward pass that nobody needs.
@@ -194,10 +270,11 @@ def matmul_at_sparse_indices(
         return weight.new_zeros(n, k)
     offsets = torch.arange(0, n * k, k, device=indices.device)
     bags = torch.arange(n, device=indices.device).repeat_interleave(k, output_size=n * k)
+    latents = indices.flatten().long().clamp(max=len(weight) - 1)
     dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        a.to(weight.dtype).contiguous(), weight, indices.flatten().long(), offsets, bags, 0
+        a.to(weight.dtype).contiguous(), weight, latents, offsets, bags, 0
     )
-    return dots.view(n, k)
+    return dots.view(n, k).masked_fill_(indices >= len(weight), 0)
 
 
 @torch.no_grad()
@@ -268,14 +345,14 @@ def transposed_dense_sparse_matmul(
 def latent_sums(values: Float[Tensor, "n k"], order: LatentOrder, n_latents: int) -> Float[Tensor, " n_latents"]:
     """Sum over the batch of each latent's values: out[l] = sum over the pairs p of latent l of values[p]."""
     ordered = _wide(values).flatten()[order.pairs]
-    return ordered.new_zeros(n_latents).index_add_(0, order.latents, ordered)
+    return ordered.new_zeros(n_latents + 1).index_add_(0, order.latents, ordered)[:n_latents]
 
 
 @torch.no_grad()
 def fired(values: Float[Tensor, "n k"], order: LatentOrder) -> Bool[Tensor, " n_latents"]:
     """Which latents have a value above 0 somewhere in the batch."""
     above = (values > 0).flatten()[order.pairs].float()
-    return above.new_zeros(len(order.offsets) - 1).index_add_(0, order.latents, above) > 0
+    return above.new_zeros(len(order.offsets)).index_add_(0, order.latents, above)[:-1] > 0
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from topkapi.ops.kernels.auxk import mask_selected_, residual_gradient_, select_
 from topkapi.ops.kernels.decode_step import decode_step
 from topkapi.ops.kernels.dense_sparse_matmul import dense_sparse_matmul
 from topkapi.ops.kernels.encode_topk import encode_topk
+from topkapi.ops.kernels.keep_largest import keep_largest
 from topkapi.ops.kernels.matmul_at_sparse_indices import matmul_at_sparse_indices
 from topkapi.ops.kernels.update_rows import gradient_squares, update_rows_
 from topkapi.ops.kernels.weight_gradients import (
@@ -24,6 +25,7 @@ __all__ = [
     "encode_topk",
     "fired",
     "gradient_squares",
+    "keep_largest",
     "latent_sums",
     "mask_selected_",
     "matmul_at_sparse_indices",

@@ -19,12 +19,13 @@ def dense_sparse_matmul(
     values: Float[Tensor, "n k"],
     indices: Int[Tensor, "n k"],
     weight: Float[Tensor, "n_latents d_model"],
+    dtype: torch.dtype | None = None,
     **launch: int,
 ) -> Float[Tensor, "n d_model"]:
-    """See `topkapi.ops.dense_sparse_matmul`. Sums are float32 (float64 for float64); `launch` replaces LAUNCH."""
+    """See `topkapi.ops.reference.dense_sparse_matmul`. `launch` replaces LAUNCH."""
     (n, k), d_model = indices.shape, weight.shape[1]
     given = LAUNCH | launch
-    out = torch.empty(n, d_model, dtype=weight.dtype, device=weight.device)
+    out = torch.empty(n, d_model, dtype=dtype or weight.dtype, device=weight.device)
     if out.numel():
         block = min(given["columns"], max(triton.next_power_of_2(d_model), 16))
         _dense_sparse[(n * triton.cdiv(d_model, block),)](

@@ -2,7 +2,8 @@
 
 A program makes ROWS of one token's dots. It goes through the columns BLOCK at a time, keeps a partial dot a group of
 neighbouring columns, and sums over the groups at the end: one exchange between lanes a token instead of one a block.
-It reads 2 n k d_model bytes of bf16 weight rows, from the level-2 cache where they are there already.
+It reads 2 n k d_model bytes of bf16 weight rows, from the level-2 cache where they are there already. Entries of nobody
+are not read.
 """
 
 import torch
@@ -31,8 +32,8 @@ def matmul_at_sparse_indices(
         rows = min(given["rows"], max(triton.next_power_of_2(k), 2))
         block = min(given["columns"], max(triton.next_power_of_2(d_model), 16))
         _at_indices[(n * triton.cdiv(k, rows),)](
-            a.contiguous(), weight.contiguous(), indices.contiguous(), out, D=d_model, K=k, ROWS=rows, BLOCK=block,
-            GROUP=lane_columns(weight), num_warps=given["num_warps"],
+            a.contiguous(), weight.contiguous(), indices.contiguous(), out, len(weight), D=d_model, K=k, ROWS=rows,
+            BLOCK=block, GROUP=lane_columns(weight), num_warps=given["num_warps"],
         )  # fmt: skip
     return out
 
@@ -44,7 +45,7 @@ def lane_columns(weight: Tensor) -> int:
 
 @triton.jit
 def _at_indices(
-    a_ptr, weight_ptr, indices_ptr, out_ptr,
+    a_ptr, weight_ptr, indices_ptr, out_ptr, n_latents,
     D: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     blocks: tl.constexpr = (K + ROWS - 1) // ROWS
@@ -52,12 +53,14 @@ def _at_indices(
     j = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     in_k = j < K
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    base = weight_ptr + tl.load(indices_ptr + token * K + j, mask=in_k, other=0).to(tl.int64) * D
+    latent = tl.load(indices_ptr + token * K + j, mask=in_k, other=n_latents)
+    exists = latent < n_latents
+    base = weight_ptr + latent.to(tl.int64) * D
     dots = tl.zeros((ROWS, BLOCK // GROUP), dtype)
     for c0 in range(0, D, BLOCK):
         c = c0 + tl.arange(0, BLOCK)
         in_d = c < D
         x = tl.load(a_ptr + token * D + c, mask=in_d, other=0.0).to(dtype)
-        rows = tl.load(base[:, None] + c[None, :], mask=in_k[:, None] & in_d[None, :], other=0.0)  # (ROWS, BLOCK)
+        rows = tl.load(base[:, None] + c[None, :], mask=exists[:, None] & in_d[None, :], other=0.0)  # (ROWS, BLOCK)
         dots += tl.sum(tl.reshape(rows.to(dtype) * x[None, :], (ROWS, BLOCK // GROUP, GROUP)), 2)
     tl.store(out_ptr + token * K + j, tl.sum(dots, 1), mask=in_k)

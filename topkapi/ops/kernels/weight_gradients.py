@@ -100,7 +100,7 @@ class Parts:
             n_blocks = len(order.pairs) // split
             sums = torch.empty(n_blocks, d_model, dtype=sum_dtype(rows), device=rows.device)
             if n_blocks:
-                given = (values, order.pairs, order.latents, rows, sums)
+                given = (values, order.pairs, order.latents, rows, sums, len(order.offsets) - 1)
                 _block_sums[(n_blocks, self.slices)](*given, **self.constants, **self.launch)
         subset_rows, position = gradient.subset_rows, gradient.position
         if subset_rows is not None and subset_rows.numel() == 0:
@@ -251,14 +251,15 @@ def _row_sums(
 
 @triton.jit
 def _block_sums(
-    values_ptr, pairs_ptr, latents_ptr, rows_ptr, sums_ptr,
+    values_ptr, pairs_ptr, latents_ptr, rows_ptr, sums_ptr, n_latents,
     D: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """The sum of a block of SPLIT sorted pairs if they are all of one latent."""
+    """The sum of a block of SPLIT sorted pairs if they are all of one latent; pairs of nobody come last."""
     block = tl.program_id(0)
     column = tl.program_id(1) * BLOCK * TILES
     start = block * SPLIT
-    if tl.load(latents_ptr + start) == tl.load(latents_ptr + start + SPLIT - 1):
+    first = tl.load(latents_ptr + start)
+    if (first == tl.load(latents_ptr + start + SPLIT - 1)) & (first < n_latents):
         dtype: tl.constexpr = sums_ptr.dtype.element_ty
         acc, in_d = no_rows(column, D, BLOCK, TILES, dtype)
         for j0 in range(0, SPLIT, R):

@@ -1,0 +1,232 @@
+"""What the processes that train one autoencoder tell each other during a step.
+
+Shards find the k largest pre-activations of a token together and sum their parts of its reconstruction; replicas see to
+it that each has the gradients of the whole batch. With one shard and one replica every function is the local
+computation alone.
+
+Selection. Each shard puts its largest pre-activations forward, `candidates` a token, and gathers the values of all:
+as a shard's candidates come with equal values in the order of latents, and shards own ascending ranges, which of equal
+ones are kept needs no indices. Candidates that are beaten become nobody's (`topkapi.ops.reference.keep_largest`) and
+cost nothing after that. In exact mode a shard puts k forward, and nothing can be lost.
+
+Reconstruction. Each shard decodes its latents; the parts are summed so that a shard gets the whole sum for its part of
+the tokens (reduce-scatter), from which it computes error and gradient; the gradients are then gathered. That is the
+traffic of one all-reduce with the gradient for free.
+
+Replicas. Sparse: everything that the weight gradients are made of is gathered, and each replica reduces all tokens.
+Dense: each reduces its own tokens and the results are summed.
+
+Called by `topkapi.gradients`. Source: Gao et al. 2024, appendix D.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+from topkapi.config import ParallelConfig
+from topkapi.ops import DecodeStep, SparseRows, implementation
+from topkapi.ops.auxk import SPARSE_ENTRY_BYTES, AuxKSums, DeadWeights, chunks
+from topkapi.parallel import Mesh
+
+LOST = 1e-3  # share of the k largest that candidates chosen from a capacity may lose, if latents are spread at random
+MEASURED_TOKENS = 256  # of each replica, on which the share that is lost is counted
+
+
+class Rows(NamedTuple):
+    """What the weight gradients of some tokens are made of."""
+
+    centred: Float[Tensor, "n d_model"]
+    grad_recon: Float[Tensor, "n d_model"]
+    values: Float[Tensor, "n c"]
+    grad_values: Float[Tensor, "n c"]
+    indices: Int[Tensor, "n c"]
+
+
+def candidates(k: int, n_shards: int, capacity: float) -> int:
+    """Candidates a token that each shard puts forward: its share k / n_shards times `capacity`, but never so few that
+    more than LOST of the k largest would be lost, nor fewer than 2 (or k).
+
+    With the k largest spread at random a shard has X ~ Binomial(k, 1 / n_shards) of them, and the share lost is
+    n_shards E[max(X - candidates, 0)] / k.
+    """
+    if n_shards == 1:
+        return k
+    enough, lost = 0, 1.0
+    at_most = _binomial(k, 1 / n_shards)
+    below = 0.0
+    while lost >= LOST:  # E[max(X - c - 1, 0)] = E[max(X - c, 0)] - P(X > c)
+        below += at_most[enough]
+        lost -= (1 - below) * n_shards / k
+        enough += 1
+    return min(max(math.floor(capacity * k / n_shards), enough, 2), k)
+
+
+def _binomial(k: int, share: float) -> list[float]:
+    """Probabilities of 0 to k successes in k trials."""
+    log_choices = [math.lgamma(k + 1) - math.lgamma(i + 1) - math.lgamma(k - i + 1) for i in range(k + 1)]
+    return [math.exp(log_choices[i] + i * math.log(share) + (k - i) * math.log1p(-share)) for i in range(k + 1)]
+
+
+def candidates_of(k: int, n_latents: int, n_shards: int, config: ParallelConfig) -> int:
+    """Candidates a token that each shard of a dictionary puts forward, at most as many as the largest has latents."""
+    largest = min(k, -(-n_latents // n_shards))
+    if n_shards == 1 or config.selection == "exact":
+        return largest
+    return min(config.candidates or candidates(k, n_shards, config.capacity), largest)
+
+
+def cheaper_exchange(
+    n_replicas: int, n_tokens: int, n_latents: int, d_model: int, n_candidates: int, bytes_of_a_number: int
+) -> Literal["sparse", "dense"]:
+    """The way of summing gradients over replicas that sends fewer bytes.
+
+        dense   2 (R - 1) / R  (2 n_latents d_model + n_latents) 4           all-reduce of float32
+        sparse  (R - 1) n_tokens (2 d_model bytes_of_a_number + 12 n_candidates)           all-gather
+
+    for `n_tokens` a replica, activations of `bytes_of_a_number`, and `n_latents` a shard.
+    """
+    dense = 2 / n_replicas * (2 * n_latents * d_model + n_latents) * 4
+    sparse = n_tokens * (2 * d_model * bytes_of_a_number + 12 * n_candidates)
+    return "sparse" if sparse <= dense else "dense"
+
+
+def select(
+    centred: Float[Tensor, "n d_model"],
+    W_enc: Float[Tensor, "n_latents d_model"],
+    latent_bias: Float[Tensor, " n_latents"],
+    k: int,
+    n_candidates: int,
+    mesh: Mesh,
+    screening: str = "bf16",
+) -> tuple[Float[Tensor, "n c"], Int[Tensor, "n c"]]:
+    """Values and indices, in this shard, of those of its candidates that are among the k largest of all shards'.
+
+    The others have value 0 and index n_latents.
+    """
+    primitives, n_latents = implementation(centred), len(W_enc)
+    width = min(n_candidates, n_latents)
+    values, indices = primitives.encode_topk(centred, W_enc, latent_bias, None, width, screening)
+    if mesh.n_shards == 1:
+        return values, indices
+    if width < n_candidates:  # the last shard may have fewer latents than the others
+        values = pad(values, (0, n_candidates - width))
+        indices = pad(indices, (0, n_candidates - width), value=n_latents)
+    gathered = mesh.gather(values, "shards")
+    return primitives.keep_largest(values, indices, gathered, mesh.shard, k, n_latents)
+
+
+def share_lost(
+    centred: Float[Tensor, "n d_model"],
+    W_enc: Float[Tensor, "n_latents d_model"],
+    latent_bias: Float[Tensor, " n_latents"],
+    k: int,
+    n_candidates: int,
+    n_latents: int,
+    mesh: Mesh,
+) -> Float[Tensor, ""]:
+    """The share of the k largest pre-activations above 0 that `n_candidates` a shard leave out, of n_latents in all.
+
+    Counted on the first MEASURED_TOKENS of each replica, for which the exact selection is made: what a shard has of a
+    token's k largest beyond its candidates is lost.
+    """
+    exact = min(k, -(-n_latents // mesh.n_shards))
+    values, _ = select(centred[:MEASURED_TOKENS], W_enc, latent_bias, k, exact, mesh)
+    wanted = (values > 0).sum(1)
+    lost = (wanted - n_candidates).clamp_min(0)
+    lost, wanted = mesh.ordered_sum(torch.stack([lost.sum(), wanted.sum()]), "all")
+    return lost / wanted.clamp_min(1)
+
+
+def decode(
+    values: Float[Tensor, "n c"],
+    indices: Int[Tensor, "n c"],
+    W_dec: Float[Tensor, "n_latents d_model"],
+    centred: Float[Tensor, "n d_model"],
+    scale: float,
+    mesh: Mesh,
+) -> DecodeStep:
+    """`decode_step` of a code that is divided among shards. `squared_error` is that of this shard's part of the tokens.
+
+    See `topkapi.ops.reference.decode_step`; several shards use the gradient rounded to the dtype of `centred`.
+    """
+    primitives = implementation(centred)
+    if mesh.n_shards == 1:
+        return primitives.decode_step(values, indices, W_dec, centred, scale)
+    error = _summed_recon(values, indices, W_dec, mesh)
+    own = _own(centred, error, mesh)
+    error[: len(own)] -= own  # rows beyond are padding, and 0
+    squared_error = error.pow(2).sum(1)
+    grad_recon = mesh.gather(error.mul_(scale).to(centred.dtype), "shards")[: len(centred)]
+    grad_values = primitives.matmul_at_sparse_indices(grad_recon, W_dec, indices).mul_(values > 0)
+    return DecodeStep(squared_error, grad_recon, grad_values)
+
+
+def _summed_recon(values: Tensor, indices: Tensor, W_dec: Tensor, mesh: Mesh) -> Float[Tensor, "part d_model"]:
+    """The sum over shards of what they decode, for this shard's part of the tokens; the last are padded with zeros."""
+    sums = torch.float64 if W_dec.dtype == torch.float64 else torch.float32
+    recon = implementation(W_dec).dense_sparse_matmul(values, indices, W_dec, sums)
+    missing = -len(recon) % mesh.n_shards
+    return mesh.scatter_sum(pad(recon, (0, 0, 0, missing)) if missing else recon, "shards")
+
+
+def _own(rows: Tensor, part: Tensor, mesh: Mesh) -> Tensor:
+    """The rows that belong to this shard's part of the tokens, without padding."""
+    return rows[mesh.shard * len(part) : (mesh.shard + 1) * len(part)]
+
+
+def of_all_replicas(rows: Rows, mesh: Mesh) -> Rows:
+    """The rows of the whole batch."""
+    if mesh.n_replicas == 1:
+        return rows
+    rows = rows._replace(indices=rows.indices.to(torch.int32))
+    return Rows(*(mesh.gather(part, "replicas") for part in rows))
+
+
+def auxk_sums(
+    weights: DeadWeights,
+    centred: Float[Tensor, "n d_model"],
+    grad_recon: Float[Tensor, "n d_model"],
+    inverse_scale: float,
+    factor: Float[Tensor, ""],
+    mesh: Mesh,
+) -> AuxKSums:
+    """`topkapi.ops.auxk.auxk_gradients` for dead latents that are divided among several shards.
+
+    Every shard has as many rows, some of them padding. `squared_error` is that of this shard's part of the tokens.
+    """
+    n_candidates = min(weights.k, len(weights.W_enc))
+    row_bytes = n_candidates * (SPARSE_ENTRY_BYTES + 4 * mesh.n_shards) + 8 * centred.shape[1]
+    sums = None
+    for rows in chunks(len(centred), row_bytes):
+        part = _auxk_part(weights, centred[rows], grad_recon[rows], inverse_scale, factor, n_candidates, mesh)
+        sums = part if sums is None else sums.add_(part)
+    return sums
+
+
+def _auxk_part(
+    weights: DeadWeights,
+    centred: Float[Tensor, "n d_model"],
+    grad_recon: Float[Tensor, "n d_model"],
+    inverse_scale: float,
+    factor: Float[Tensor, ""],
+    n_candidates: int,
+    mesh: Mesh,
+) -> AuxKSums:
+    primitives, m = implementation(centred), len(weights.W_enc)
+    values, indices = select(centred, weights.W_enc, weights.bias, weights.k, n_candidates, mesh)
+    recon = _summed_recon(values, indices, weights.W_dec, mesh)
+    own = _own(grad_recon, recon, mesh)
+    squared_error = primitives.residual_gradient_(recon[: len(own)], own, inverse_scale, factor)
+    grad = mesh.gather(recon.to(centred.dtype), "shards")[: len(centred)]
+    grad_values = primitives.matmul_at_sparse_indices(grad, weights.W_dec, indices).mul_(values > 0)
+    order = primitives.order_by_latent(indices, m)
+    return AuxKSums(
+        squared_error=squared_error.sum(),
+        W_enc=SparseRows(grad_values, order, centred).dense(),
+        W_dec=SparseRows(values, order, grad).dense(),
+        latent_bias=primitives.latent_sums(grad_values, order, m),
+    )
