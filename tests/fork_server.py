@@ -126,11 +126,10 @@ def _child(
 
 
 def _calling(function: Any) -> Any:
-    """A command line that calls a function; it comes to a good end where nothing is raised."""
+    """A command line that calls a function, which may return an exit status."""
 
     def main(arguments: list[str]) -> int:
-        function(*arguments)
-        return 0
+        return function(*arguments) or 0
 
     return main
 

@@ -3,6 +3,8 @@
 Seen to fail when: ...
 """
 
+import errno
+import json
 import os
 import signal
 import time
@@ -10,10 +12,11 @@ from dataclasses import replace
 
 import pytest
 
-from tests.command_line import assert_same_run, metrics, one_line, train_arguments
-from topkapi import checkpoint
+from tests.command_line import assert_close_run, assert_same_run, contents, metrics, one_line, train_arguments
+from topkapi import checkpoint, cli
 from topkapi.config import LossConfig, ModelConfig, ParallelConfig
-from topkapi.train import train
+from topkapi.data.pipeline import BatchesAhead
+from topkapi.train import Trainer, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,93 +38,161 @@ class World:
     def wait(self):
         return [self.server.wait(pid) for pid in self.pids]
 
+    def ends_well(self):
+        assert self.wait() == [0] * len(self.pids), self.said()
+
     def said(self):
         return "".join((self.folder / f"rank-{rank}").read_text() for rank in range(len(self.pids)))
 
 
-@pytest.fixture
-def world(fork_server, tiny_cache, tmp_path):
-    """Starts a world for a config in the folder `run`, or another."""
+@pytest.fixture(scope="module")
+def start(fork_server, tiny_cache, tmp_path_factory):
+    """Starts a world for a config and a run folder."""
 
-    def start(config, *more, n_ranks=2, run=None, **options):
-        run = run or tmp_path / "run"
-        arguments = [*train_arguments(config, run), *more]
-        folder = tmp_path / f"world-{len(list(tmp_path.glob('world-*')))}"
-        return World(fork_server, folder, tiny_cache, n_ranks, arguments, **options)
+    def start(config, run, *more, n_ranks=2, plan=None):
+        """`plan` goes to `planned`, which disturbs the world."""
+        arguments, options = [*train_arguments(config, run), *more], {}
+        if plan is not None:
+            arguments, options = [json.dumps(plan), *arguments], {"call": "tests.test_together:planned"}
+        return World(fork_server, tmp_path_factory.mktemp("world") / "logs", tiny_cache, n_ranks, arguments, **options)
 
     return start
 
 
+def planned(plan, *arguments):
+    """In a process of a world: train, with something happening in step `step` (from 1) of rank `rank`."""
+    plan, original = json.loads(plan), Trainer.step_
+
+    def step_(self, x, done):
+        if done == plan.get("step", 0) - 1 and os.environ["RANK"] == str(plan["rank"]):
+            if "signal" in plan:
+                os.kill(os.getpid(), plan["signal"])
+            if "full" in plan:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
+            if "bug" in plan:
+                raise ValueError("a bug")
+            if "sleep" in plan:
+                time.sleep(60)
+        original(self, x, done)
+
+    Trainer.step_ = step_
+    if plan.get("ahead"):
+        import topkapi.train
+
+        topkapi.train.open_batches = BatchesAhead
+    return cli.main(list(arguments))
+
+
+def sharded(config, shards=2):
+    return replace(config, parallel=ParallelConfig(shards=shards))
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["replicas", "shards"])
+def divided(request, tiny_config):
+    """`tiny_config` for two replicas, or two shards."""
+    return sharded(tiny_config, request.param)
+
+
+@pytest.fixture(scope="module")
+def whole(start, divided, tmp_path_factory):
+    """A finished run of two processes, and all that they said."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    world = start(divided, run)
+    world.ends_well()
+    return run, world
+
+
 @pytest.fixture(scope="module")
 def alone(one_thread, tiny_config, tmp_path_factory):
-    """A finished run of `tiny_config` by one process."""
+    """A finished run of one process."""
     run = tmp_path_factory.mktemp("alone") / "run"
     train([tiny_config], [run])
     return run
 
 
-def sharded(config, shards):
-    return replace(config, parallel=ParallelConfig(shards=shards))
+def test_two_processes_train_as_one_does(whole, alone, divided):
+    run, world = whole
+    assert_close_run(run, alone)
+    assert contents(run).keys() - contents(alone).keys() == {
+        "checkpoints/step-00000015/__1_0.distcp",
+        "checkpoints/step-00000020/__1_0.distcp",
+    }
+    assert sum(line.startswith("finished: ") for line in world.said().splitlines()) == 1
+    assert (world.folder / "rank-1").read_text() == ""
+    assert json.loads((run / "config.json").read_text())["autoencoder"]["n_latents"] == divided.model.n_latents
 
 
-def longer(config):
-    """A run that is long enough to be stopped."""
-    return replace(config, tokens=20_000, save_every=1000)
-
-
-def test_replicas_train_as_one_process_does(world, alone, tiny_config, tmp_path):
-    both = world(tiny_config)
-    assert both.wait() == [0, 0], both.said()
-    assert_same_run(tmp_path / "run", alone)
-    lines = both.said().splitlines()
-    assert [line.startswith("finished: ") for line in lines].count(True) == 1
-    assert (both.folder / "rank-1").read_text() == ""
-
-
-@pytest.mark.parametrize("heard", [(0,), (1,), (1, 0)])
-def test_a_signal_stops_all_after_the_same_step(world, tiny_config, tmp_path, heard):
-    run, config = tmp_path / "run", longer(tiny_config)
-    both = world(config)
-    both.until(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) >= 7)
-    for rank in heard:
-        os.kill(both.pids[rank], signal.SIGTERM)
-        time.sleep(0.02)
-    assert both.wait() == [128 + signal.SIGTERM] * 2, both.said()
-    line = one_line(both.said())
-    assert line.startswith(f"topkapi: stopped by SIGTERM: {run} saved at step ")
-    step = checkpoint.steps(run)[-1]
-    assert 7 <= step < 200
-    assert f"saved at step {step} of 200" in line
-    assert checkpoint.load(run, step).meta["n_steps"] == step
-    again = world(config, "--resume")
-    assert again.wait() == [0, 0], again.said()
-    train([config], [tmp_path / "whole"])
-    assert_same_run(run, tmp_path / "whole")
+@pytest.mark.parametrize("stops", [((0, 7),), ((1, 3), (0, 12))])
+def test_a_signal_to_one_process_stops_all_after_the_same_step(start, whole, divided, tmp_path, stops):
+    run = tmp_path / "run"
+    for rank, step in stops:
+        world = start(divided, run, "--resume", plan={"rank": rank, "step": step, "signal": signal.SIGTERM})
+        assert world.wait() == [128 + signal.SIGTERM] * 2, world.said()
+        lines = [line for line in world.said().splitlines() if line.startswith("topkapi: ")]
+        assert lines == [
+            f"topkapi: stopped by SIGTERM: {run} saved at step {step + 1} of 20; continue with topkapi train {run} "
+            "--resume."
+        ]
+        assert checkpoint.steps(run)[-1] == step + 1
+        assert checkpoint.load(run, step + 1).meta["n_steps"] == step + 1
+    start(divided, run, "--resume").ends_well()
+    assert_same_run(run, whole[0])
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_others_and_costs_the_steps_since_the_checkpoint(
-    world, alone, tiny_config, tmp_path, victim
+    start, whole, divided, tmp_path, victim
 ):
-    run, config = tmp_path / "run", replace(longer(tiny_config), save_every=5)
-    both = world(config)
-    both.until(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) >= 12)
+    run = tmp_path / "run"
+    world = start(divided, run, plan={"rank": victim, "step": 13, "signal": signal.SIGKILL})
+    world.until(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) >= 12)
     started = time.monotonic()
-    os.kill(both.pids[victim], signal.SIGKILL)
-    ended = both.wait()
+    ended = world.wait()
     assert time.monotonic() - started < 20
     assert ended[victim] == -signal.SIGKILL
-    assert ended[1 - victim] == 2, both.said()
-    assert f"rank {victim} of 2 is gone (process {both.pids[victim]} was killed" in one_line(both.said())
-    steps = len(metrics(run))
-    assert steps - 5 <= checkpoint.steps(run)[-1] <= steps
-    again = world(config, "--resume")
-    assert again.wait() == [0, 0], again.said()
-    train([config], [tmp_path / "whole"])
-    assert_same_run(run, tmp_path / "whole")
+    assert ended[1 - victim] == 2, world.said()
+    assert f"rank {victim} of 2 is gone (process {world.pids[victim]} was killed" in one_line(world.said())
+    assert checkpoint.steps(run)[-1] == 10
+    start(divided, run, "--resume").ends_well()
+    assert_same_run(run, whole[0])
 
 
-def test_what_is_refused_is_said_once(world, tiny_config, tmp_path):
+@pytest.mark.parametrize(
+    ("what", "status", "line"),
+    [
+        ("full", 2, "topkapi: rank 1 of 2: the system refused somewhere: No space left on device."),
+        ("bug", 1, "ValueError: a bug"),
+    ],
+)
+def test_an_error_of_one_process_is_told_once_with_its_rank(start, tiny_config, tmp_path, what, status, line):
+    world = start(tiny_config, tmp_path / "run", plan={"rank": 1, "step": 7, what: True})
+    ended = world.wait()
+    assert ended[1] == status
+    assert ended[0] == 2
+    assert (world.folder / "rank-1").read_text().count(line) == 1
+    assert "rank 1 of 2" in world.said()
+    assert not [
+        text for text in (world.folder / "rank-0").read_text().splitlines() if "topkapi" in text or "Error" in text
+    ]
+    assert checkpoint.steps(tmp_path / "run") == [5]
+
+
+def test_a_second_signal_ends_a_process_that_waits_for_another(start, tiny_config, tmp_path):
+    run = tmp_path / "run"
+    world = start(tiny_config, run, plan={"rank": 1, "step": 7, "sleep": True})
+    world.until(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) >= 6)
+    time.sleep(1)
+    for _ in range(2):
+        os.kill(world.pids[0], signal.SIGTERM)
+        os.kill(world.pids[0], signal.SIGTERM)  # one signal may come twice
+        time.sleep(2.2)
+    assert world.server.wait(world.pids[0]) == 128 + signal.SIGTERM
+    assert "stopped by a second signal" in one_line((world.folder / "rank-0").read_text())
+    os.kill(world.pids[1], signal.SIGKILL)
+    world.server.wait(world.pids[1])
+
+
+def test_what_is_refused_is_said_once(start, tiny_config, tmp_path):
     run = tmp_path / "run"
     relu = replace(
         tiny_config,
@@ -134,8 +205,29 @@ def test_what_is_refused_is_said_once(world, tiny_config, tmp_path):
         (sharded(tiny_config, 3), "2 processes cannot hold replicas of 3 shards"),
     ]
     for config, expected in cases:
-        both = world(config)
-        assert both.wait() == [2, 2]
-        assert expected in one_line(both.said())
-        assert "rank" not in one_line(both.said()).partition("--nproc")[0]
+        world = start(config, run)
+        assert world.wait() == [2, 2]
+        assert one_line(world.said()).startswith(f"topkapi: {expected}")
     assert not (run / "config.json").exists()
+
+
+def test_a_run_goes_on_in_another_number_of_processes(start, alone, divided, tiny_config, tmp_path):
+    run = tmp_path / "run"
+    world = start(divided, run, plan={"rank": 0, "step": 6, "signal": signal.SIGINT})
+    assert world.wait() == [128 + signal.SIGINT] * 2, world.said()
+    train([tiny_config], [run], resume=True)
+    assert_close_run(run, alone)
+    run = tmp_path / "other"
+    world = start(tiny_config, run, n_ranks=1, plan={"rank": 0, "step": 6, "signal": signal.SIGINT})
+    assert world.wait() == [128 + signal.SIGINT], world.said()
+    start(divided, run, "--resume").ends_well()
+    assert_close_run(run, alone)
+
+
+def test_batches_made_ahead_by_live_language_models_train_alike(start, whole, divided, tmp_path):
+    live = replace(divided, data=replace(divided.data, source="live"))
+    run = tmp_path / "run"
+    world = start(live, run, plan={"rank": 1, "step": 8, "signal": signal.SIGTERM, "ahead": True})
+    assert world.wait() == [128 + signal.SIGTERM] * 2, world.said()
+    start(live, run, "--resume", plan={"rank": 0, "ahead": True}).ends_well()
+    assert_same_run(run, whole[0])

@@ -136,6 +136,17 @@ def test_batches_that_replicas_cannot_share_are_refused():
         part_of_batch(5, Mesh(8, 1))
 
 
+def one_pass_for_two(settings, llama):
+    lm, tokens, config = opened(settings, llama)
+    lm.batch_contexts = 1000
+    with open_mesh(1, "cpu") as mesh:
+        assert torch.equal(LiveBlocks(lm, tokens, config, mesh)[0].x, LiveBlocks(lm, tokens, config)[0].x)
+
+
+def test_a_process_for_which_no_forward_pass_is_left(together):
+    together(one_pass_for_two)
+
+
 def test_more_processes_than_forward_passes():
     kept = torch.ones(10, 16, dtype=torch.bool)
     kept[0, 0] = False

@@ -150,9 +150,9 @@ def _fill_(
     advance: Callable[[int], object],
 ) -> None:
     """Compute the rows of some contexts into `x`."""
-    row = 0
-    on_device = to_device(tokens, lm.device)
-    for some, used in zip(on_device.split(lm.batch_contexts), kept.split(lm.batch_contexts), strict=True):
+    row, on_device = 0, to_device(tokens, lm.device)
+    for start in range(0, len(tokens), lm.batch_contexts):
+        some, used = (of[start : start + lm.batch_contexts] for of in (on_device, kept))
         where = used.flatten().nonzero().flatten()  # found on the CPU: a mask on the device would have to be waited for
         x[row : row + len(where)] = lm.activations(some).flatten(0, 1)[to_device(where, lm.device)]
         row += len(where)
