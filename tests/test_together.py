@@ -139,6 +139,30 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(start, whole, div
     assert_same_run(run, whole[0])
 
 
+@pytest.mark.many_ranks
+@pytest.mark.parametrize("first", [1, 2, 4])
+def test_four_processes_train_as_one_does(start, alone, tiny_config, tmp_path, first):
+    for then in (1, 2, 4, None):
+        run = tmp_path / str(then)
+        config = sharded(tiny_config, first)
+        world = start(config, run, n_ranks=4, plan={"rank": 3, "step": 8, "signal": signal.SIGTERM})
+        assert world.wait() == [128 + signal.SIGTERM] * 4, world.said()
+        if then is None:
+            train([tiny_config], [run], resume=True)
+        else:
+            start(sharded(tiny_config, then), run, "--resume", n_ranks=4).ends_well()
+        assert_close_run(run, alone)
+
+
+def test_two_autoencoders_side_by_side(start, whole, divided, tmp_path):
+    variants = ["model.k=4", "model.n_latents=77,model.k=6"]
+    start(divided, tmp_path / "both", "--variants", *variants).ends_well()
+    assert_same_run(tmp_path / "both" / variants[0], whole[0])
+    other = replace(divided, model=ModelConfig(n_latents=77, k=6), parallel=ParallelConfig())
+    train([other], [tmp_path / "alone"])
+    assert_close_run(tmp_path / "both" / variants[1], tmp_path / "alone")
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_others_and_costs_the_steps_since_the_checkpoint(
     start, whole, divided, tmp_path, victim
@@ -147,10 +171,10 @@ def test_a_killed_process_ends_the_others_and_costs_the_steps_since_the_checkpoi
     world = start(divided, run, plan={"rank": victim, "step": 13, "signal": signal.SIGKILL})
     world.until(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) >= 12)
     started = time.monotonic()
-    ended = world.wait()
+    assert world.server.wait(world.pids[victim]) == -signal.SIGKILL
+    os.kill(world.pids[1 - victim], signal.SIGTERM)  # as torchrun does
+    assert world.server.wait(world.pids[1 - victim]) == 2, world.said()
     assert time.monotonic() - started < 20
-    assert ended[victim] == -signal.SIGKILL
-    assert ended[1 - victim] == 2, world.said()
     assert f"rank {victim} of 2 is gone (process {world.pids[victim]} was killed" in one_line(world.said())
     assert checkpoint.steps(run)[-1] == 10
     start(divided, run, "--resume").ends_well()

@@ -574,17 +574,24 @@ class _Stop:
 
 @contextmanager
 def _signals(mesh: Mesh) -> Iterator[_Stop]:
-    """Handle SIGINT and SIGTERM for a while; the old handlers come back after."""
+    """Handle SIGINT and SIGTERM for a while; the old handlers come back after.
+
+    Not where one of several processes fails: its launcher sends it a SIGTERM while it finds out what to say.
+    """
     stop = _Stop(mesh)
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may handle signals
         return
     old: dict[int, Any] = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    is_ending = False
     try:
         with _second_signal_ends() if launched() else nullcontext():
             yield stop
+    except BaseException:
+        is_ending = launched()
+        raise
     finally:
-        for number, handler in old.items():
+        for number, handler in old.items() if not is_ending else ():
             signal.signal(number, handler)
 
 
