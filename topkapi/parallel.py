@@ -8,7 +8,7 @@ neighbours and, where they fit, on one node.
 Every collective is the identity where the group has one member, so that one process and many run the same lines; it is
 ordered with the work of the current stream before and after it. `topkapi` is launched as any PyTorch program is:
 
-    torchrun --nproc-per-node 8 -m topkapi train ... --parallel.shards 4        # 2 replicas of 4 shards
+    torchrun --nproc-per-node 8 -m -- topkapi train ... --parallel.shards 4        # 2 replicas of 4 shards
 """
 
 import os
@@ -244,7 +244,7 @@ def open_mesh(n_shards: int, device_type: str, timeout: timedelta = timedelta(mi
     if n_ranks % n_shards:
         raise TopkapiError(
             f"{n_ranks} process{'es' * (n_ranks > 1)} cannot hold replicas of {n_shards} shards: launch a multiple of "
-            f"them (torchrun --nproc-per-node {n_shards} -m topkapi ...), or set --parallel.shards."
+            f"them (torchrun --nproc-per-node {n_shards} -m -- topkapi ...), or set --parallel.shards."
         )
     if n_ranks == 1:
         yield Mesh()
