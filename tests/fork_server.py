@@ -40,7 +40,10 @@ class ForkServer:
         return self._ask(arguments=arguments, log=str(log), cache=str(cache), **options)
 
     def start_world(self, n_ranks: int, arguments: list[str], folder: Path, cache: Path, **options: Any) -> list[int]:
-        """`start` for processes that train together, as torchrun would start them; rank r writes to folder/rank-r."""
+        """`start` for processes that train together, as torchrun would start them; rank r writes to folder/rank-r.
+
+        One that hangs is ended by SIGALRM.
+        """
         from torch.distributed import TCPStore
 
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -50,7 +53,7 @@ class ForkServer:
         pids = []
         for rank in range(n_ranks):
             environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            pids.append(self.start(arguments, folder / f"rank-{rank}", cache, environment=environment, **options))
+            pids.append(self.start(arguments, folder / f"rank-{rank}", cache, environment=environment, seconds=150, **options))
         return pids
 
     def run_world(self, n_ranks: int, arguments: list[str], folder: Path, cache: Path, **options: Any) -> list[int]:
@@ -108,6 +111,7 @@ def _child(
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
         counts = dict.fromkeys(PHASES, 0)
         os.environ.update(options.get("environment", {}))
+        signal.alarm(options.get("seconds", 0))
         if "call" in options:
             module, _, name = options["call"].partition(":")
             main = _calling(getattr(importlib.import_module(module), name))
