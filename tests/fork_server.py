@@ -6,6 +6,7 @@ processes, with real signals. Nothing here uses threads before the fork.
     python -m tests.fork_server     reads requests from stdin, a JSON object a line, and answers each with one
 """
 
+import importlib
 import json
 import os
 import resource
@@ -25,6 +26,7 @@ class ForkServer:
 
     def __init__(self) -> None:
         how = {"cwd": ROOT, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.stores: list[Any] = []  # what worlds meet at, as torchrun keeps it for its processes
         self.process = subprocess.Popen([sys.executable, "-m", "tests.fork_server"], **how)
 
     def start(self, arguments: list[str], log: Path, cache: Path, **options: Any) -> int:
@@ -32,9 +34,33 @@ class ForkServer:
 
         `kill_at=(phase, n)`: the child kills itself (SIGKILL) before the n-th file operation of a phase, and says so
         in the log. `file_limit=n`: no file grows beyond n bytes. `list_phases=True`: the log ends with the number of
-        file operations a phase.
+        file operations a phase. `environment={...}`: variables set in it. `call="module:function"`: that function is
+        called with the arguments, not the command line.
         """
         return self._ask(arguments=arguments, log=str(log), cache=str(cache), **options)
+
+    def start_world(self, n_ranks: int, arguments: list[str], folder: Path, cache: Path, **options: Any) -> list[int]:
+        """`start` for processes that train together, as torchrun would start them; rank r writes to folder/rank-r.
+
+        One that hangs is ended by SIGALRM.
+        """
+        from torch.distributed import TCPStore
+
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.stores.append(store)
+        common = {"WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+        common |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+        pids = []
+        for rank in range(n_ranks):
+            environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            pids.append(
+                self.start(arguments, folder / f"rank-{rank}", cache, environment=environment, seconds=150, **options)
+            )
+        return pids
+
+    def run_world(self, n_ranks: int, arguments: list[str], folder: Path, cache: Path, **options: Any) -> list[int]:
+        """`start_world` and `wait` for each."""
+        return [self.wait(pid) for pid in self.start_world(n_ranks, arguments, folder, cache, **options)]
 
     def wait(self, pid: int) -> int:
         """The exit status of a child, -n if signal n ended it."""
@@ -86,6 +112,11 @@ def _child(
         if file_limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
         counts = dict.fromkeys(PHASES, 0)
+        os.environ.update(options.get("environment", {}))
+        signal.alarm(options.get("seconds", 0))
+        if "call" in options:
+            module, _, name = options["call"].partition(":")
+            main = _calling(getattr(importlib.import_module(module), name))
         sys.addaudithook(lambda event, details: _watch(event, details, cache, counts, kill_at))
         status = main(arguments)
         if options.get("list_phases"):
@@ -98,6 +129,15 @@ def _child(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _calling(function: Any) -> Any:
+    """A command line that calls a function, which may return an exit status."""
+
+    def main(arguments: list[str]) -> int:
+        return function(*arguments) or 0
+
+    return main
 
 
 def _watch(event: str, details: tuple[Any, ...], cache: str, counts: dict[str, int], kill_at: Any) -> None:

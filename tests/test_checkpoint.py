@@ -2,20 +2,31 @@
 training starts again from step 0 without a word; pruning keeps the oldest."""
 
 import errno
+import itertools
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import checkpoint as dcp
 
 from topkapi import checkpoint, files
 from topkapi.errors import TopkapiError
+from topkapi.parallel import open_mesh
 
 META = {"tokens": 5, "position": {"epoch": 0, "place": 1, "row": 2}, "scale": 1 / 3}
 
 
 def tensors(step):
     return {"W": torch.arange(12.0).view(3, 4) / 7 + step, "silent_for": torch.tensor([step, 2**40])}
+
+
+def assert_same(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
 
 
 @pytest.fixture
@@ -26,18 +37,15 @@ def run(tmp_path):
     return tmp_path / "run"
 
 
-def damage(run, step):
-    path = run / "checkpoints" / f"step-{step:08d}" / checkpoint.STATE
+def damage(run, step, name="__0_0.distcp"):
+    path = checkpoint.folder_of(run, step) / name
     path.write_bytes(path.read_bytes()[:-1])
 
 
 def test_what_is_saved_is_loaded(run):
     (found,) = checkpoint.load_newest([run])
     assert (found.step, found.meta) == (15, META)
-    assert found.tensors.keys() == tensors(15).keys()
-    for name, tensor in tensors(15).items():
-        assert found.tensors[name].dtype == tensor.dtype
-        assert torch.equal(found.tensors[name], tensor)
+    assert_same(found.read(), tensors(15))
 
 
 def test_the_newest_are_kept(run):
@@ -54,12 +62,12 @@ def test_a_damaged_one_is_set_aside_for_the_one_before(run, capsys):
     (run / "checkpoints" / "step-00000010" / checkpoint.MANIFEST).unlink()
     (found,) = checkpoint.load_newest([run])
     assert found.step == 5
-    assert torch.equal(found.tensors["W"], tensors(5)["W"])
+    assert_same(found.read(), tensors(5))
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2
     assert all(line.startswith("warning: checkpoint") and "Falling back" in line for line in said)
     assert checkpoint.steps(run) == [5]
-    assert (run / "checkpoints" / "step-00000015.damaged" / checkpoint.STATE).exists()
+    assert (run / "checkpoints" / "step-00000015.damaged" / checkpoint.METADATA).exists()
 
 
 def test_nothing_sound_is_an_error_each_time(run):
@@ -87,11 +95,12 @@ def test_runs_without_a_step_in_common_are_refused(run, tmp_path):
         checkpoint.load_newest([run, tmp_path / "new"])
 
 
-def test_a_full_disk_leaves_the_older_ones(run, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for module, name in ((checkpoint, "save_tensors"), (files, "sync"), (checkpoint, "write_json")):
+
+def test_a_full_disk_leaves_the_older_ones(run, monkeypatch):
+    for module, name in ((dcp.FileSystemWriter, "write_data"), (files, "sync"), (checkpoint, "write_json")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, full)
             with pytest.raises(OSError, match="No space left"):
@@ -106,3 +115,95 @@ def test_leftovers_of_a_kill_are_no_checkpoint(run):
     assert checkpoint.steps(run) == [5, 10, 15]
     checkpoint.save(run, 20, tensors(20), META)
     assert checkpoint.load_newest([run])[0].step == 20
+
+
+def whole_state():
+    """A trainer's kinds of tensors, of 37 latents: they do not divide evenly."""
+    n, d = 37, 6
+    random = torch.Generator().manual_seed(0)
+    rows = {
+        "W_enc": torch.randn(n, d, generator=random),
+        "W_dec": torch.randn(n, d, generator=random).bfloat16(),
+        "W_dec.mean": torch.randint(-128, 128, (n, d), generator=random, dtype=torch.int8),
+        "W_dec.square": torch.randint(0, 256, (n, d), generator=random, dtype=torch.uint8),
+        "W_dec.mean_scale": torch.randn(n, generator=random),
+        "silent_for": torch.randint(2**40, (n,), generator=random),
+    }
+    return rows, {"pre_bias": torch.randn(d, generator=random), "pre_bias.mean": torch.randn(d, generator=random)}
+
+
+def part_of_state(mesh, fill=None):
+    """This process's part; with `fill`, tensors of its shape and nothing of its content."""
+    rows, same = whole_state()
+    mine = {name: tensor[mesh.latents(37)].clone() for name, tensor in rows.items()} | same
+    if fill is not None:
+        mine = {name: torch.full_like(tensor, fill) for name, tensor in mine.items()}
+    return mine, {name: checkpoint.Rows(x, 37) if name in rows else x for name, x in mine.items()}
+
+
+def save_in_world(run, n_shards):
+    with open_mesh(n_shards, "cpu") as mesh:
+        checkpoint.save(Path(run), 5, part_of_state(mesh)[1], META, mesh)
+
+
+def load_in_world(run, n_shards):
+    with open_mesh(n_shards, "cpu") as mesh:
+        (found,) = checkpoint.load_newest([Path(run)], mesh)
+        assert (found.step, found.meta) == (5, META)
+        mine, state = part_of_state(mesh, fill=7)
+        found.read_into(state, mesh)
+        assert_same(mine, part_of_state(mesh)[0])
+
+
+def run_both(fork_server, folder, run, writer, reader):
+    """Save in a world of (ranks, shards), load in another; a world of one rank is the test's own process."""
+    for (n_ranks, n_shards), call in ((writer, save_in_world), (reader, load_in_world)):
+        if n_ranks == 1:
+            call(run, n_shards)
+            continue
+        logs = folder / f"{run.name}-{call.__name__}"
+        logs.mkdir()
+        ended = fork_server.run_world(
+            n_ranks, [str(run), n_shards], logs, folder, call=f"tests.test_checkpoint:{call.__name__}"
+        )
+        assert ended == [0] * n_ranks, "".join((logs / f"rank-{rank}").read_text() for rank in range(n_ranks))
+
+
+@pytest.mark.parametrize(
+    ("writer", "reader"), [((1, 1), (2, 2)), ((2, 2), (1, 1)), ((2, 1), (2, 2))], ids=["1 to 2", "2 to 1", "replicas"]
+)
+def test_any_mesh_reads_what_another_wrote(fork_server, tmp_path, writer, reader):
+    run_both(fork_server, tmp_path, tmp_path / "run", writer, reader)
+    rows, same = whole_state()
+    assert_same(checkpoint.load(tmp_path / "run", 5).read(), rows | same)
+
+
+@pytest.mark.many_ranks
+def test_any_mesh_of_four_reads_what_another_wrote(fork_server, tmp_path):
+    meshes = [(1, 1), (4, 1), (4, 2), (4, 4)]
+    for i, (writer, reader) in enumerate(itertools.product(meshes, meshes)):
+        run_both(fork_server, tmp_path, tmp_path / f"run-{i}", writer, reader)
+
+
+def save_where_rank_1_cannot(run):
+    with open_mesh(2, "cpu") as mesh:
+        if mesh.rank == 1:
+            dcp.FileSystemWriter.write_data = full
+        with pytest.raises(OSError, match="No space left"):
+            checkpoint.save(Path(run), 20, part_of_state(mesh)[1], META, mesh)
+
+
+def test_a_disk_that_is_full_for_one_process_is_an_error_for_all(fork_server, run, tmp_path):
+    ended = fork_server.run_world(
+        2, [str(run)], tmp_path, tmp_path, call="tests.test_checkpoint:save_where_rank_1_cannot"
+    )
+    assert ended == [0, 0], (tmp_path / "rank-0").read_text()
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [f"step-{step:08d}" for step in (5, 10, 15)]
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path):
+    folder = checkpoint.folder_of(tmp_path, 5)
+    folder.mkdir(parents=True)
+    (folder / "state.safetensors").touch()
+    with pytest.raises(TopkapiError, match="written by an earlier version of Topkapi"):
+        checkpoint.load_newest([tmp_path])

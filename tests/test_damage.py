@@ -43,7 +43,7 @@ def made(one_thread, tiny_config, tmp_path_factory):
         train([tiny_config], [run])
         source = open_source(tiny_config)
         live = LiveBlocks(source.language_model, source.splits.train, tiny_config.data)
-        saved = {step: checkpoint.load(run, step).tensors for step in checkpoint.steps(run)}
+        saved = {step: checkpoint.load(run, step).read() for step in checkpoint.steps(run)}
         (tokens,) = (folder / "topkapi" / "tokens").glob("[!.]*")
         yield Made(run, tokens, source.blocks.folder, live, [live[i] for i in range(len(live))], saved)
 
@@ -56,7 +56,7 @@ def same(ours, theirs):
 def read_checkpoint(made, path):
     """The newest sound checkpoint has the content it had; the one before the newest is used only by saying so."""
     (found,) = checkpoint.load_newest([made.run])
-    assert same(found.tensors, made.checkpoints[found.step])
+    assert same(found.read(), made.checkpoints[found.step])
     return "unharmed" if found.step == max(made.checkpoints) else "fell back"
 
 
@@ -101,7 +101,7 @@ def targets(made):
     newest = made.run / "checkpoints" / "step-00000020"
     blocks = sorted(made.cache.glob("block-*.safetensors"))
     return [
-        *[(newest / name, read_checkpoint) for name in ("state.safetensors", "manifest.json")] * 3,
+        *[(newest / name, read_checkpoint) for name in ("__0_0.distcp", ".metadata", "manifest.json")] * 2,
         *[(blocks[i], read_cache) for i in (0, -1)],
         (made.cache / "manifest.json", read_cache),
         *[(made.tokens / "train" / name, read_tokens) for name in ("tokens.bin", "offsets.bin", "tokens.json")],

@@ -23,7 +23,7 @@ LAYER = {room: layer for layer, rooms in ROOMS_OF_LAYER.items() for room in room
 
 # The few imports within a layer: importer -> imported. Any room may import errors.
 SIDEWAYS = {
-    "parallel": {"config"},
+    "parallel": {"config", "console"},
     "published": {"files"},
     "gradients": {"model", "loss", "exchange"},
     "model": {"exchange"},

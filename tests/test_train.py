@@ -100,7 +100,7 @@ def test_stopped_while_waiting_for_data_right_after_a_resume(undisturbed, tiny_c
 
 
 def test_stopped_while_the_source_is_opened(tiny_config, tmp_path, monkeypatch):
-    def open_long(_):
+    def open_long(*_):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
 
@@ -242,7 +242,7 @@ def test_a_damaged_finished_autoencoder_is_written_again(tiny_config, tmp_path):
 def test_a_damaged_newest_checkpoint_costs_its_steps_only(undisturbed, tiny_config, tmp_path, capsys):
     run = tmp_path / "run"
     train_until([tiny_config], [run], 13)
-    state = run / "checkpoints" / "step-00000013" / "state.safetensors"
+    state = run / "checkpoints" / "step-00000013" / "__0_0.distcp"
     state.write_bytes(state.read_bytes()[:1000])
     train([tiny_config], [run], resume=True)
     assert_same_run(run, undisturbed)

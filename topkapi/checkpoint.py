@@ -1,41 +1,101 @@
-"""Checkpoints of a run: all a trainer needs to go on exactly where it was.
+"""Checkpoints of a run: all a trainer needs to go on exactly where it was, on any number of processes.
 
-RUN/checkpoints/step-00000250/ holds state.safetensors and manifest.json (step, tokens, data order, checksum). A
-checkpoint is written under another name, flushed, and renamed: it is there whole or not at all. One that is found
-damaged is set aside, and the one before it is used; both are said.
+RUN/checkpoints/step-00000250/ holds the state as torch.distributed.checkpoint writes it, a file a process
+(__0_0.distcp ...) and .metadata, and manifest.json (step, tokens, data order, checksums of those files). Each process
+writes the rows of the latents that it holds; whatever mesh reads them, one process or many, each takes its own rows
+from the files that have them. All processes see one file system.
+
+A checkpoint is written under another name, flushed, and renamed by rank 0 when all have written: it is there whole or
+not at all. One that is found damaged is set aside, and the one before it is used; both are said. .metadata is a pickle,
+which can run code: it is read only if its checksum is the one of the manifest, so damage does no harm, but whoever may
+write to a checkpoint folder is trusted, as with any folder of programs.
 """
 
 import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from topkapi.console import say
 from topkapi.errors import TopkapiError
-from topkapi.files import load_tensors, read_json, save_tensors, sha256, whole_folder, write_json
+from topkapi.files import read_json, sha256, whole_folder, write_json
+from topkapi.parallel import ALONE, Mesh
 
-STATE, MANIFEST = "state.safetensors", "manifest.json"
+METADATA, MANIFEST = ".metadata", "manifest.json"
+OLD_STATE = "state.safetensors"  # of versions that knew one process only
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a latent-indexed tensor: those of this process's shard, of `n_latents` in all."""
+
+    local: Tensor
+    n_latents: int
+
+
+State = Mapping[str, Tensor | Rows]
+"""Tensors by name; those that are no `Rows` are the same on every process."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One saved moment of a run."""
+    """One saved moment of a run, found to be sound."""
 
     step: int
-    tensors: dict[str, Tensor]
     meta: dict[str, Any]
+    folder: Path
+
+    def read_into(self, state: State, mesh: Mesh = ALONE) -> None:
+        """Overwrite tensors with what was saved under their names; every process of the mesh calls it."""
+        whole = {name: _as_whole(value, mesh) for name, value in state.items()}
+        reader = dcp.FileSystemReader(self.folder)
+        _unwrapped(lambda: dcp.load(whole, storage_reader=reader, process_group=mesh.world, no_dist=mesh.n_ranks == 1))
+
+    def read(self) -> dict[str, Tensor]:
+        """All tensors, whole, on the CPU of this process."""
+        known = dcp.FileSystemReader(self.folder).read_metadata().state_dict_metadata
+        tensors = {name: torch.empty(of.size, dtype=of.properties.dtype) for name, of in known.items()}
+        self.read_into(tensors)
+        return tensors
 
 
-def save(run: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Write the checkpoint of `step`. Raises OSError with older ones untouched."""
-    target = run / "checkpoints" / f"step-{step:08d}"
-    if target.exists():  # saved before, and whole: damaged ones are set aside when read
+def save(run: Path, step: int, state: State, meta: dict[str, Any], mesh: Mesh = ALONE) -> None:
+    """Write the checkpoint of `step`; every process of the mesh calls it.
+
+    Raises OSError, on all of them, with older ones untouched.
+    """
+    target = folder_of(run, step)
+    if mesh.on_first(target.exists):  # saved before, and whole: damaged ones are set aside when read
         return
-    with whole_folder(target) as temporary:
-        save_tensors(tensors, temporary / STATE)
-        write_json(temporary / MANIFEST, {"step": step, "meta": meta, "sha256": sha256(temporary / STATE)})
+    with ExitStack() as stack:
+        temporary = mesh.on_first(lambda: stack.enter_context(whole_folder(target)))
+        whole = {name: _as_whole(value, mesh) for name, value in state.items()}
+        writer = dcp.FileSystemWriter(temporary)
+        _unwrapped(lambda: dcp.save(whole, storage_writer=writer, process_group=mesh.world, no_dist=mesh.n_ranks == 1))
+        checksums = mesh.gather_objects({path.name: sha256(path) for path in temporary.glob(f"__{mesh.rank}_*")})
+
+        def finish() -> None:
+            files = {METADATA: sha256(temporary / METADATA)}
+            for some in checksums:
+                files |= some
+            write_json(temporary / MANIFEST, {"step": step, "meta": meta, "files": files})
+            stack.close()  # flushes and renames
+
+        mesh.on_first(finish)
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return run / "checkpoints" / f"step-{step:08d}"
 
 
 def keep_newest(run: Path, keep: int) -> None:
@@ -44,7 +104,7 @@ def keep_newest(run: Path, keep: int) -> None:
     With several runs side by side, call it when all of them have saved: they resume from a step they share.
     """
     for old in steps(run)[:-keep]:
-        shutil.rmtree(run / "checkpoints" / f"step-{old:08d}")
+        shutil.rmtree(folder_of(run, old))
 
 
 def steps(run: Path) -> list[int]:
@@ -53,40 +113,40 @@ def steps(run: Path) -> list[int]:
     return sorted(int(name[5:]) for name in names if name[5:].isdigit())
 
 
-def load(run: Path, step: int) -> Checkpoint:
-    """One checkpoint. Raises TopkapiError if a file is missing or damaged."""
-    folder = run / "checkpoints" / f"step-{step:08d}"
-    manifest = read_json(folder / MANIFEST, "checkpoint")
-    tensors = load_tensors(folder / STATE, manifest["sha256"], "checkpoint")
-    return Checkpoint(manifest["step"], tensors, manifest["meta"])
+def load(run: Path, step: int, mesh: Mesh = ALONE) -> Checkpoint:
+    """One checkpoint; every process of the mesh checks a part of its files.
+
+    Raises:
+        TopkapiError: a file is missing or damaged; on every process.
+    """
+    folder = folder_of(run, step)
+    manifest = mesh.on_first(lambda: read_json(folder / MANIFEST, "checkpoint"))
+    mine = sorted(manifest["files"].items())[mesh.rank :: mesh.n_ranks]
+    damages = [_damage(folder / name, checksum) for name, checksum in mine]
+    found = [damage for some in mesh.gather_objects(damages) for damage in some if damage]
+    if found:
+        raise TopkapiError(found[0])
+    return Checkpoint(manifest["step"], manifest["meta"], folder)
 
 
-def load_newest(runs: list[Path]) -> list[Checkpoint] | None:
+def load_newest(runs: list[Path], mesh: Mesh = ALONE) -> list[Checkpoint] | None:
     """The newest step of which every run has a sound checkpoint, one a run; None if there never was one.
 
     Raises:
         TopkapiError: there are checkpoints, but no step at which all runs have a sound one.
     """
-    found_steps = [set(steps(run)) for run in runs]
-    common = sorted(set.intersection(*found_steps), reverse=True)
-    if not common and any(found_steps):
-        raise TopkapiError(
-            f"{', '.join(map(str, runs))} have no checkpoint of the same step, so they cannot go on side by side. "
-            "Resume each by itself: topkapi train RUN --resume."
-        )
-    damaged = any(list((run / "checkpoints").glob("*.damaged")) for run in runs)
+    common, damaged = mesh.on_first(lambda: _candidates(runs))
     for step in common:
         found = []
         for run in runs:
             try:
-                found.append(load(run, step))
+                found.append(load(run, step, mesh))
             except TopkapiError as error:
                 say(f"warning: {error} Falling back to the checkpoint before it.")
-                _set_aside(run, step)
+                mesh.on_first(lambda run=run, step=step: _set_aside(run, step))
                 damaged = True
         if len(found) == len(runs):
-            for run in runs:
-                _forget_after(run, step)
+            mesh.on_first(lambda step=step: _forget_after(runs, step))
             return found
     if damaged:
         raise TopkapiError(
@@ -96,14 +156,67 @@ def load_newest(runs: list[Path]) -> list[Checkpoint] | None:
     return None
 
 
-def _forget_after(run: Path, step: int) -> None:
-    """Remove checkpoints beyond the step that a run goes back to: they belong to another course of it."""
-    for later in [found for found in steps(run) if found > step]:
-        shutil.rmtree(run / "checkpoints" / f"step-{later:08d}")
+def _candidates(runs: list[Path]) -> tuple[list[int], bool]:
+    """Steps of which all runs have a checkpoint, newest first, and whether a damaged one was set aside before."""
+    found_steps = [set(steps(run)) for run in runs]
+    common = sorted(set.intersection(*found_steps), reverse=True)
+    if not common and any(found_steps):
+        raise TopkapiError(
+            f"{', '.join(map(str, runs))} have no checkpoint of the same step, so they cannot go on side by side. "
+            "Resume each by itself: topkapi train RUN --resume."
+        )
+    for old in (folder_of(run, step) / OLD_STATE for run in runs for step in common):
+        if old.exists():
+            raise TopkapiError(
+                f"{old} was written by an earlier version of Topkapi, which this one does not read: finish the run "
+                "with that version, or train again with another --run."
+            )
+    return common, any(list((run / "checkpoints").glob("*.damaged")) for run in runs)
+
+
+def _as_whole(value: Tensor | Rows, mesh: Mesh) -> Tensor:
+    """A tensor as torch.distributed.checkpoint takes it: with several processes, rows know their place in the whole."""
+    if not isinstance(value, Rows):
+        return value
+    if mesh.n_ranks == 1:
+        return value.local
+    local = value.local.contiguous()
+    shape = torch.Size((value.n_latents, *local.shape[1:]))
+    return DTensor.from_local(
+        local, mesh.device_mesh, (Replicate(), Shard(0)), run_check=False, shape=shape, stride=local.stride()
+    )
+
+
+def _unwrapped(call: Callable[[], object]) -> None:
+    """Do what torch.distributed.checkpoint is asked for; of its collection of exceptions the first is raised."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+            call()
+    except CheckpointException as error:
+        inner, _ = next(iter(error.failures.values()))
+        inner.is_common = True
+        raise inner from None
+
+
+def _damage(path: Path, checksum: str) -> str | None:
+    """What is wrong with a file, if anything."""
+    if not path.is_file():
+        return f"checkpoint: no file {path}."
+    if sha256(path) != checksum:
+        return f"checkpoint: {path} is damaged or another file: its SHA-256 is not the one recorded."
+    return None
+
+
+def _forget_after(runs: list[Path], step: int) -> None:
+    """Remove checkpoints beyond the step that runs go back to: they belong to another course of them."""
+    for run in runs:
+        for later in [found for found in steps(run) if found > step]:
+            shutil.rmtree(folder_of(run, later))
 
 
 def _set_aside(run: Path, step: int) -> None:
-    source = run / "checkpoints" / f"step-{step:08d}"
+    source = folder_of(run, step)
     target = source.with_name(f"{source.name}.damaged")
     shutil.rmtree(target, ignore_errors=True)
     source.rename(target)

@@ -3,9 +3,11 @@
 import errno
 import io
 import json
+import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
@@ -17,10 +19,11 @@ import tyro
 import topkapi
 from topkapi.bench.cases import SUITES, Case
 from topkapi.config import EvalConfig, TrainConfig
-from topkapi.console import say
+from topkapi.console import console, say
 from topkapi.errors import TopkapiError
 from topkapi.figures import require_matplotlib
 from topkapi.files import write_text_atomic
+from topkapi.parallel import launched, speaks
 from topkapi.published import CONFIG
 from topkapi.recipes import RECIPES
 from topkapi.scaling.quantities import parse_size
@@ -328,8 +331,29 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status: 0, 2 for a mistake that one line explains, 128 + n after signal n."""
+    """Run the command line; the exit status: 0, 2 for a mistake that one line explains, 128 + n after signal n.
+
+    Of several processes that were launched together one speaks; one that ends badly leaves at once, as its threads
+    may wait for another process for ever.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not launched():
+        return _run(arguments)
+    console.quiet = not speaks()
+    try:
+        status = _run(arguments)
+    except Exception:
+        status = 1
+        if not console.quiet:
+            traceback.print_exc()
+    if status:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
         return 0
@@ -344,18 +368,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise TopkapiError(f"no command {name!r}. Commands: {', '.join(COMMANDS)}.")
+        if launched() and name != "train":
+            raise TopkapiError(f"topkapi {name} runs in one process: start it without torchrun, which is for train.")
         COMMANDS[name](rest)
     except TopkapiError as error:
-        say(f"topkapi: {error}")
+        say(f"topkapi: {_where(error)}{error}")
         return 2
-    except OutOfMemoryError:
-        say("topkapi: out of GPU memory. Lower --batch-tokens, or see docs/performance.md for what takes less.")
+    except OutOfMemoryError as error:
+        advice = "Lower --batch-tokens, or see docs/performance.md for what takes less."
+        say(f"topkapi: {_where(error)}out of GPU memory. {advice}")
         return 2
     except BrokenPipeError:  # whoever read our output has seen enough
         sys.stderr.close()
         return 128 + signal.SIGPIPE
     except OSError as error:
-        say(f"topkapi: {_explain(error)}")
+        say(f"topkapi: {_where(error)}{_explain(error)}")
         return 2
     except Interrupted as request:
         say(f"topkapi: {request}")
@@ -364,6 +391,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say("topkapi: stopped.")
         return 130
     return 0
+
+
+def _where(error: BaseException) -> str:
+    """The process that failed, where several were launched and it is one's own fault."""
+    return "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
 
 
 def _parse(

@@ -52,6 +52,19 @@ class MetricsLog:
             sink.close()
 
 
+class NoLog:
+    """In place of a `MetricsLog` on a process that is not the one to write."""
+
+    def write(self, **metrics: float | int) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
     """The sound lines of a metrics file; a last line cut short by a kill is not one."""
     found = []

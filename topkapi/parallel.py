@@ -8,29 +8,37 @@ neighbours and, where they fit, on one node.
 Every collective is the identity where the group has one member, so that one process and many run the same lines; it is
 ordered with the work of the current stream before and after it. `topkapi` is launched as any PyTorch program is:
 
-    torchrun --nproc-per-node 8 -m topkapi train ... --parallel.shards 4        # 2 replicas of 4 shards
+    torchrun --nproc-per-node 8 -m -- topkapi train ... --parallel.shards 4        # 2 replicas of 4 shards
 """
 
 import os
+import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from topkapi.console import console
 from topkapi.errors import TopkapiError
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=30)  # for a rank that tokenizes, say; one that is gone is noticed at once all the same
+LOOK_FOR = 5.0  # seconds in which the rank that failed says so, or its process is seen to be gone
+
+# Newer PyTorch has them under new names and warns of the old ones.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 Group = Literal["shards", "replicas", "all"]
 """The processes of this replica; those with this shard's latents; everyone."""
-
-# torch 2.13 renamed both
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,8 @@ class Mesh:
     rank: int = 0
     device_mesh: DeviceMesh | None = None
     """With dimensions "replicas" and "shards"; None for a process alone."""
+    world: dist.ProcessGroup | None = None
+    """The group of everyone; None for the default one."""
 
     @property
     def n_ranks(self) -> int:
@@ -119,7 +129,7 @@ class Mesh:
     def broadcast_(self, x: Tensor, source: int = 0) -> Tensor:
         """`x` becomes that of rank `source`."""
         if self.n_ranks > 1:
-            dist.broadcast(x, source)
+            dist.broadcast(x, source, group=self._group("all"))
         return x
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -127,11 +137,77 @@ class Mesh:
         if self.n_ranks == 1:
             return [value]
         values: list[Any] = [None] * self.n_ranks
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self._group("all"))
         return values
 
+    def max_later(self, x: Tensor) -> Callable[[], Tensor]:
+        """Start to make `x`, on the CPU, the largest over all ranks; the function returned waits for it."""
+        work = dist.all_reduce(x, dist.ReduceOp.MAX, group=self._group("all"), async_op=True)
+
+        def found() -> Tensor:
+            work.wait()
+            return x
+
+        return found
+
+    def on_first(self, call: Callable[[], T]) -> T:
+        """What `call` returns on rank 0, on every rank; an exception too. The value must be picklable."""
+        if self.n_ranks == 1:
+            return call()
+        outcome: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                outcome[0] = call()
+            except Exception as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0, group=self._group("all"))
+        value, error = outcome
+        if error is not None:
+            error.is_common = True
+            raise error
+        return value
+
+    def rows_on_first(self, local: Tensor, n_latents: int) -> Tensor | None:
+        """The rows of all shards on the CPU of rank 0, one shard after another; None elsewhere."""
+        local = local.cpu()
+        if self.n_shards == 1:
+            return local if self.rank == 0 else None
+        if self.replica > 0:
+            return None
+        if self.rank > 0:
+            dist.send(local.contiguous(), 0, group=self._group("all"))
+            return None
+        rows = local.new_empty(n_latents, *local.shape[1:])
+        rows[self.latents(n_latents)] = local
+        for shard in range(1, self.n_shards):
+            dist.recv(rows[self.latents(n_latents, shard)], shard, group=self._group("all"))
+        return rows
+
+    def raise_any(self, failure: Exception | None) -> None:
+        """Raise, on every rank, the exception of one that has any: its own where there is one."""
+        found = [error for error in self.gather_objects(failure) if error is not None]
+        if found:
+            error = failure or found[0]
+            error.is_common = True
+            raise error
+
+    def first_before_others(self, call: Callable[[], T]) -> T:
+        """What `call` returns here; rank 0 is done with it before the others begin."""
+        found: list[T] = []
+        self.on_first(lambda: found.append(call()))
+        return found[0] if found else call()
+
+    def apart(self) -> "Mesh":
+        """The same ranks with a group of their own for collectives over "all", for a thread beside training.
+
+        It waits as long as it takes.
+        """
+        return self if self.n_ranks == 1 else replace(self, world=dist.new_group(timeout=PATIENCE))
+
     def _group(self, group: Group) -> dist.ProcessGroup:
-        return dist.group.WORLD if group == "all" else self.device_mesh.get_group(group)
+        if group == "all":
+            return self.world or dist.group.WORLD
+        return self.device_mesh.get_group(group)
 
 
 ALONE = Mesh()
@@ -142,11 +218,24 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def speaks() -> bool:
+    """Whether this process is the one to say what all of them would say."""
+    return not launched() or os.environ.get("RANK", "0") == "0"
+
+
+def device_of(device_type: str) -> torch.device:
+    """The device of this process: on CUDA, where several were launched, that of its LOCAL_RANK."""
+    if device_type == "cuda" and launched():
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return torch.device(device_type)
+
+
 @contextmanager
 def open_mesh(n_shards: int, device_type: str, timeout: timedelta = timedelta(minutes=10)) -> Iterator[Mesh]:
     """The mesh of the processes that were launched together, for as long as the block lasts.
 
-    On CUDA a process takes the device of its LOCAL_RANK. A process that was not launched is alone.
+    On CUDA a process takes the device of its LOCAL_RANK. A process that was not launched is alone. Of several only
+    rank 0 writes to the console, and when one fails, only the one that explains it: see `_Ending`.
 
     Raises:
         TopkapiError: the processes cannot be divided into replicas of `n_shards`.
@@ -155,19 +244,104 @@ def open_mesh(n_shards: int, device_type: str, timeout: timedelta = timedelta(mi
     if n_ranks % n_shards:
         raise TopkapiError(
             f"{n_ranks} process{'es' * (n_ranks > 1)} cannot hold replicas of {n_shards} shards: launch a multiple of "
-            f"them (torchrun --nproc-per-node {n_shards} -m topkapi ...), or set --parallel.shards."
+            f"them (torchrun --nproc-per-node {n_shards} -m -- topkapi ...), or set --parallel.shards."
         )
     if n_ranks == 1:
         yield Mesh()
         return
     backend = "gloo"
     if device_type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device_of(device_type))
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timeout)
+    console.quiet = not speaks()
+    store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+    ending = _Ending(dist.PrefixStore("topkapi", store), rank, n_ranks)
     try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=n_ranks, timeout=timeout)
         shape = (n_ranks // n_shards, n_shards)
         device_mesh = dist.init_device_mesh(device_type, shape, mesh_dim_names=("replicas", "shards"))
-        yield Mesh(*shape, dist.get_rank(), device_mesh)
-    finally:
-        dist.destroy_process_group()
+        mesh = Mesh(*shape, rank, device_mesh)
+        ending.processes = mesh.gather_objects((socket.gethostname(), os.getpid()))
+        yield mesh
+    except BaseException as error:
+        explained = ending.explained(error)
+        if explained is error:
+            raise
+        raise explained from error
+    dist.destroy_process_group()
+
+
+class _Ending:
+    """Finds one rank that says why all of them end, and makes the others silent.
+
+    1. A rank with an exception of its own speaks, unless another one spoke before.
+    2. A rank whose collective failed is not the cause: it is silent if another one has spoken.
+    3. If none has, a process that is gone was killed; the first to see that speaks for it.
+
+    Process groups are left as they are: to close one can take for ever when a member is gone.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, n_ranks: int) -> None:
+        self.store, self.rank, self.n_ranks = store, rank, n_ranks
+        self.processes: list[tuple[str, int]] = []
+        """Host and process id of each rank."""
+
+    def explained(self, error: BaseException) -> BaseException:
+        """The exception to raise here; the console is quiet if another rank explains it."""
+        if getattr(error, "is_common", False):  # every rank has it, and rank 0 tells
+            return error
+        if not _is_broken_connection(error):
+            console.quiet = not self._claims()
+            if isinstance(error, Exception):
+                error.add_note(f"rank {self.rank} of {self.n_ranks}")
+            return error
+        gone, until = [], time.monotonic() + LOOK_FOR
+        while not gone and not self._is_claimed() and time.monotonic() < until:
+            time.sleep(0.05)
+            gone = self._gone()
+        console.quiet = not self._claims()
+        if not gone:
+            return TopkapiError(f"rank {self.rank} of {self.n_ranks} lost another rank: {_first_line(error)}")
+        (rank, process), *_ = gone
+        return TopkapiError(
+            f"rank {rank} of {self.n_ranks} is gone (process {process} was killed, or crashed without a word); "
+            "the others end with it."
+        )
+
+    def _claims(self) -> bool:
+        """Whether this rank is the first that wants to speak; True where nobody can be asked any more."""
+        try:
+            return self.store.add("speakers", 1) == 1
+        except RuntimeError:
+            return True
+
+    def _is_claimed(self) -> bool:
+        try:
+            return self.store.check(["speakers"])
+        except RuntimeError:
+            return False
+
+    def _gone(self) -> list[tuple[int, int]]:
+        """Rank and process id of those on this host that no longer run."""
+        here = socket.gethostname()
+        return [(rank, pid) for rank, (host, pid) in enumerate(self.processes) if host == here and not _runs(pid)]
+
+
+def _is_broken_connection(error: BaseException) -> bool:
+    """Whether a collective failed, which is another rank's fault, or the network's."""
+    text = str(error).lower()
+    is_broken = isinstance(error, RuntimeError) and ("gloo" in text or "nccl" in text or "connection" in text)
+    return is_broken or isinstance(error, dist.DistError)
+
+
+def _runs(process: int) -> bool:
+    """Whether a process of this host runs; one that has ended and waits to be asked how does not."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return not Path("/proc/self").exists()  # a system without /proc does not tell
+    return state not in ("Z", "X")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".") + "."

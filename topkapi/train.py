@@ -4,20 +4,26 @@ Each autoencoder has a run folder of its own and is trained exactly as it would 
 neighbours but the batches. A run that is stopped, by a signal or by losing power, goes on from its last checkpoint
 and ends with the same weights, bit for bit on CPU.
 
+Several processes (`topkapi.parallel`) run this loop in step: each has its shard of every autoencoder and its replica's
+rows of every batch. Rank 0 alone locks and writes the run folders and speaks; checkpoints are written by all. They stop
+after the same step, whichever of them a signal reached first.
+
 On a CUDA device the loop only hands out work: batches come from `topkapi.data.pipeline`, and nothing waits for the
 device but a line of metrics and a checkpoint.
 """
 
 import importlib.util
+import os
 import signal
+import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -25,9 +31,9 @@ from torch import Tensor
 
 from topkapi import checkpoint, published
 from topkapi.config import TrainConfig, cache_folder, differences, from_dict, to_dict
-from topkapi.console import progress, say
+from topkapi.console import console, progress, say
 from topkapi.data.activations import CachedBlocks, LiveBlocks
-from topkapi.data.batches import ShuffledBatches
+from topkapi.data.batches import ShuffledBatches, part_of_batch
 from topkapi.data.language_model import LanguageModel
 from topkapi.data.pipeline import open_batches
 from topkapi.data.tokens import Splits, tokenize
@@ -36,12 +42,15 @@ from topkapi.errors import TopkapiError
 from topkapi.files import lock, remove_leftovers, sha256_json, write_text_atomic
 from topkapi.gradients import relu_step, topk_step
 from topkapi.loss import LossTerms, mse_scale
-from topkapi.metrics import MetricsLog, require
+from topkapi.metrics import MetricsLog, NoLog, require
 from topkapi.model import PARAMETERS, Autoencoder, Working
 from topkapi.ops.normalise import normalise
 from topkapi.optim import Optimizer, learning_rate
+from topkapi.parallel import ALONE, Mesh, device_of, launched, open_mesh
 
 WEIGHTS = ("W_enc", "W_dec")
+WITHOUT_LATENTS = "pre_bias"  # the parameter that is the same on every shard
+SECOND_SIGNAL_AFTER = 2.0  # seconds: a launcher and a terminal may both pass on what was one
 SAMPLE_TOKENS = 32_768  # for the geometric median, the encoder's scale and the loss's constant
 
 
@@ -76,14 +85,27 @@ class _Measured:
     is_finite: bool
 
 
+class _Last(NamedTuple):
+    """What is kept of a step; not the gradients, which would fill memory."""
+
+    terms: LossTerms
+    l0: Tensor
+    lost: Tensor | None
+
+
 class Trainer:
     """One autoencoder in training: parameters, optimiser, dead counter, log and run folder."""
 
     def __init__(
-        self, config: TrainConfig, run: Path, source: Source, sample: Float[Tensor, "n d_model"] | None
+        self,
+        config: TrainConfig,
+        run: Path,
+        source: Source,
+        sample: Float[Tensor, "n d_model"] | None,
+        mesh: Mesh = ALONE,
     ) -> None:
         """Starts from a sample of raw activations; without one, `load_` must follow. The config is a resolved one."""
-        self.config, self.run = config, run
+        self.config, self.run, self.mesh = config, run, mesh
         self.source_identity = source.blocks.identity
         model, language_model = config.model, source.language_model
         ae = Autoencoder(
@@ -94,6 +116,7 @@ class Trainer:
             language_model=config.language_model.name,
             site=config.language_model.site,
             seed=model.seed,
+            latents=mesh.latents(model.n_latents),
             training=to_dict(config),
         )
         if config.optim.state == "low_memory":
@@ -102,26 +125,26 @@ class Trainer:
         self.ae = ae.to(language_model.device)
         if sample is not None:
             x = normalise(sample.to(language_model.device), torch.float32)
-            self.ae.initialise_(x, model.encoder_scale)
-            self.scale = mse_scale(x)
+            self.ae.initialise_(x, model.encoder_scale, mesh)
+            self.scale = mesh.on_first(lambda: mse_scale(x))
         self.working = Working.of(self.ae, config.precision)
-        self.optimizer = Optimizer(self.ae, config.optim, self.working)
-        self.dead = DeadCounter(model.n_latents, language_model.device)
+        self.optimizer = Optimizer(self.ae, config.optim, self.working, mesh)
+        self.dead = DeadCounter(len(self.ae.latent_bias), language_model.device, mesh)
         self.latest: dict[str, float] = {}
-        self._last: tuple[LossTerms, Tensor] | None = None  # and l0; not the gradients, which would fill memory
+        self._last: _Last | None = None
         self._measured: _Measured | None = None
 
     def step_(self, x: Float[Tensor, "n d_model"], step: int) -> None:
         """Train on one batch of normalised activations."""
-        config = self.config
+        config, n_tokens = self.config, len(x) * self.mesh.n_replicas
         if config.model.activation == "topk":
-            subset = self.dead.subset(config.auxk.dead_after, len(x))
-            found = topk_step(self.ae, x, self.scale, subset, config.auxk, self.working)
+            subset = self.dead.subset(config.auxk.dead_after, n_tokens)
+            found = topk_step(self.ae, x, self.scale, subset, config.auxk, self.working, self.mesh, config.parallel)
         else:
             found = relu_step(self.ae, x, self.scale, config.loss)
         self.optimizer.step_(self.ae, found.gradients, learning_rate(config.optim, step, config.n_steps))
-        self.dead.count_(found.fired, len(x))
-        self._last, self._measured = (found.terms, found.l0), None
+        self.dead.count_(found.fired, n_tokens)
+        self._last, self._measured = _Last(found.terms, found.l0, found.lost), None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -139,12 +162,17 @@ class Trainer:
         if self._measured is None:
             named, sums = {}, [getattr(self.ae, name).detach().sum() for name in PARAMETERS]
             if self._last is not None:
-                (terms, l0), dead = self._last, self.dead.dead(self.config.auxk.dead_after)
-                named = {**vars(terms), "l0": l0, "dead_fraction": dead.float().mean()}
-                sums.append(terms.total())
-            is_finite = torch.stack([value.detach().double() for value in sums]).isfinite().all()
-            *numbers, finite = torch.stack([value.detach().double() for value in (*named.values(), is_finite)]).tolist()
-            self._measured = _Measured(dict(zip(named, numbers, strict=True)), bool(finite))
+                last = self._last
+                named = {**vars(last.terms), "l0": last.l0} | ({} if last.lost is None else {"lost": last.lost})
+                sums.append(last.terms.total())
+            n_dead = self.dead.dead(self.config.auxk.dead_after).sum()
+            of_shards = self.mesh.ordered_sum(
+                torch.stack([value.detach().double() for value in (n_dead, *sums)]), "shards"
+            )
+            found = (*named.values(), of_shards[0] / self.config.model.n_latents, of_shards.isfinite().all())
+            *numbers, dead, finite = torch.stack([value.detach().double() for value in found]).tolist()
+            named = dict(zip(named, numbers, strict=True)) | ({"dead_fraction": dead} if named else {})
+            self._measured = _Measured(named, bool(finite))
         return self._measured
 
     def check_finite(self, step: int) -> None:
@@ -159,13 +187,21 @@ class Trainer:
             )
 
     def save(self, step: int, tokens: int, position: dict[str, int]) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint, together with the other processes."""
         self.check_finite(step)
-        tensors = {name: getattr(self.ae, name).detach() for name in PARAMETERS}
-        tensors |= {"silent_for": self.dead.silent_for} | self.optimizer.state()
         meta = {"tokens": tokens, "position": position, "n_steps": self.optimizer.n_steps, "scale": self.scale}
         meta |= {"metrics": self.metrics(), "source": self.source_identity}
-        checkpoint.save(self.run, step, tensors, meta)
+        checkpoint.save(self.run, step, self._state(), meta, self.mesh)
+
+    def _state(self) -> checkpoint.State:
+        """The tensors of a checkpoint, themselves and no copies."""
+        tensors = {name: getattr(self.ae, name).detach() for name in PARAMETERS}
+        tensors |= {"silent_for": self.dead.silent_for} | self.optimizer.state()
+        n_latents = self.config.model.n_latents
+        return {
+            name: tensor if name.split(".")[0] == WITHOUT_LATENTS else checkpoint.Rows(tensor, n_latents)
+            for name, tensor in tensors.items()
+        }
 
     @torch.no_grad()
     def load_(self, saved: checkpoint.Checkpoint) -> None:
@@ -176,10 +212,8 @@ class Trainer:
                 f"{self.run} was trained on other activations: {', '.join(changed)} changed since. Restore the "
                 "language model and the corpus as they were, or train again with another --run."
             )
-        ours = {name: getattr(self.ae, name) for name in PARAMETERS} | self.optimizer.state()
-        ours["silent_for"] = self.dead.silent_for
-        for name, tensor in ours.items():
-            tensor.copy_(saved.tensors[name])
+        saved.read_into(self._state(), self.mesh)
+        self.dead.silent_for.add_(0)  # so that the counter notices that it was written to
         for name in WEIGHTS:
             getattr(self.working, name).copy_(getattr(self.ae, name))
         self.optimizer.n_steps, self.scale = saved.meta["n_steps"], saved.meta["scale"]
@@ -188,9 +222,19 @@ class Trainer:
     def publish(self, tokens: int) -> None:
         """Write the finished autoencoder, with the averaged weights where there are any, to the run folder."""
         self.ae.summary = {"tokens": tokens, "steps": self.optimizer.n_steps, "last_batch": self.metrics()}
-        weights = {name: tensor.cpu().float() for name, tensor in self.optimizer.averaged(self.ae).items()}
-        write_text_atomic(self.run / published.CARD, str(self.ae.generate_model_card()))
-        published.write_published(self.run, weights, self.ae.description())  # config.json last: it says "finished"
+        weights = {name: self._on_first(name, tensor) for name, tensor in self.optimizer.averaged(self.ae).items()}
+
+        def write() -> None:
+            write_text_atomic(self.run / published.CARD, str(self.ae.generate_model_card()))
+            published.write_published(self.run, weights, self.ae.description())  # config.json last: "finished"
+
+        self.mesh.on_first(write)
+
+    def _on_first(self, name: str, tensor: Tensor) -> Tensor | None:
+        """The whole of a parameter, as it is published, on the CPU of rank 0."""
+        if name != WITHOUT_LATENTS:
+            tensor = self.mesh.rows_on_first(tensor, self.config.model.n_latents)
+        return None if tensor is None else tensor.cpu().float()
 
 
 def train(configs: Sequence[TrainConfig], runs: Sequence[Path], resume: bool = False) -> None:
@@ -208,31 +252,49 @@ def train(configs: Sequence[TrainConfig], runs: Sequence[Path], resume: bool = F
     for config in configs:
         config.resolved(1, device_type(config))  # what the device cannot do is said before a language model is loaded
     require(configs[0].loggers)
-    with ExitStack() as stack:
-        for config, run in zip(configs, runs, strict=True):
-            stack.enter_context(_locked(run))
-            _check_run(config, run, resume)
-        if resume and not any((run / published.CONFIG).exists() for run in runs):
-            say(f"{', '.join(map(str, runs))}: nothing to resume there; starting.")
-        if resume and all(map(_is_finished, runs)):
+    with open_mesh(configs[0].parallel.shards, device_type(configs[0])) as mesh, ExitStack() as stack:
+        mesh = mesh.apart()  # checkpoints and stopping wait as long as it takes
+        if mesh.on_first(lambda: _hold(configs, runs, resume, mesh, stack)):
             say(f"{', '.join(map(str, runs))}: finished before, nothing left to do.")
             return
-        stop = stack.enter_context(_signals())
+        stop = stack.enter_context(_signals(mesh))
         with stop.waiting():  # nothing of the runs changes while the source is opened
-            source = open_source(configs[0])
+            source = open_source(configs[0], mesh)
             device = source.language_model.device
             configs = [config.resolved(source.language_model.d_model, device.type) for config in configs]
-            batches = open_batches(source.blocks, configs[0].batch_tokens, configs[0].data.seed, device)
-            stack.callback(batches.close)
-            saved = checkpoint.load_newest(runs) if resume else None
+            batches = open_batches(source.blocks, configs[0].batch_tokens, configs[0].data.seed, device, mesh)
+            stack.push(lambda _, error, __: _let_go(batches, error, mesh))
+            saved = checkpoint.load_newest(runs, mesh) if resume else None
             sample = batches.sample(SAMPLE_TOKENS) if saved is None else None
-        trainers = [Trainer(config, run, source, sample) for config, run in zip(configs, runs, strict=True)]
+        trainers = [Trainer(config, run, source, sample, mesh) for config, run in zip(configs, runs, strict=True)]
         step, position = _start(trainers, batches, saved)
         _loop(trainers, batches, step, position, stop)
         for trainer in trainers:
             trainer.publish(configs[0].n_steps * configs[0].batch_tokens)
         if lost := [str(run) for run in runs if run not in [trainer.run for trainer in trainers]]:
             raise TopkapiError(f"{', '.join(lost)} did not finish, see above; the others did.")
+
+
+def _hold(configs: Sequence[TrainConfig], runs: Sequence[Path], resume: bool, mesh: Mesh, stack: ExitStack) -> bool:
+    """On rank 0: refuse what cannot be, and lock the run folders for as long as the stack lasts.
+
+    Returns whether all runs are finished already.
+    """
+    for config, run in zip(configs, runs, strict=True):
+        _check_mesh(config, mesh)
+        stack.enter_context(_locked(run))
+        _check_run(config, run, resume)
+    if resume and not any((run / published.CONFIG).exists() for run in runs):
+        say(f"{', '.join(map(str, runs))}: nothing to resume there; starting.")
+    return resume and all(map(_is_finished, runs))
+
+
+def _let_go(batches: ShuffledBatches, error: BaseException | None, mesh: Mesh) -> None:
+    """Close the batches; together with the other processes unless one of them has failed."""
+    if mesh.n_ranks == 1 or error is None or getattr(error, "is_common", False):
+        batches.close()
+    else:
+        batches.abandon()
 
 
 def _start(
@@ -242,7 +304,8 @@ def _start(
     if saved is None:
         for trainer in trainers:
             _warn_of_idle_auxk(trainer.config)
-            published.write_config(trainer.run, trainer.ae.description())
+            description = trainer.ae.description()
+            trainer.mesh.on_first(lambda run=trainer.run, it=description: published.write_config(run, it))
         return 0, batches.state()
     for trainer, found in zip(trainers, saved, strict=True):
         trainer.load_(found)
@@ -255,13 +318,13 @@ def _loop(
     trainers: list[Trainer], batches: ShuffledBatches, step: int, position: dict[str, int], stop: "_Stop"
 ) -> None:
     config = trainers[0].config
-    logs = [MetricsLog(t.run, config.loggers, to_dict(t.config), after_step=step) for t in trainers]
+    logs = [_open_log(trainer, step) for trainer in trainers]
     total = config.n_steps * config.batch_tokens
     try:
         with progress("train", total, done=step * config.batch_tokens) as meter:
             started, first = time.monotonic(), step
             while step < config.n_steps:
-                with stop.waiting():  # nothing of the state changes while data is awaited
+                with stop.waiting(in_step=True):  # nothing of the state changes while data is awaited
                     raw = next(batches)
                 x = {dtype: normalise(raw, dtype) for dtype in {trainer.dtype for trainer in trainers}}
                 for trainer in trainers:
@@ -283,13 +346,21 @@ def _loop(
         names = ", ".join(str(trainer.run) for trainer in trainers)
         how = f"topkapi train {names} --resume" if len(trainers) == 1 else "the same command with --resume"
         state = f"{names} saved at step {step} of {config.n_steps}; continue with {how}" if step else "no step was done"
-        raise Interrupted(request.signal_number, state) from None
+        stopped = Interrupted(request.signal_number, state)
+        stopped.is_common = True
+        raise stopped from None
     finally:
         for log in logs:
             log.close()
 
 
-def _save(trainers: list[Trainer], logs: list[MetricsLog], step: int, position: dict[str, int]) -> None:
+def _open_log(trainer: Trainer, step: int) -> MetricsLog | NoLog:
+    if trainer.mesh.rank > 0:
+        return NoLog()
+    return MetricsLog(trainer.run, trainer.config.loggers, to_dict(trainer.config), after_step=step)
+
+
+def _save(trainers: list[Trainer], logs: list[MetricsLog | NoLog], step: int, position: dict[str, int]) -> None:
     """Checkpoint all runs; older checkpoints go when all have the new one, so that there is always one they share."""
     _drop_broken(trainers, logs, step)
     for log in logs:
@@ -297,7 +368,7 @@ def _save(trainers: list[Trainer], logs: list[MetricsLog], step: int, position: 
     for trainer in trainers:
         trainer.save(step, step * trainer.config.batch_tokens, position)
     for trainer in trainers:
-        checkpoint.keep_newest(trainer.run, trainer.config.keep_checkpoints)
+        trainer.mesh.on_first(lambda t=trainer: checkpoint.keep_newest(t.run, t.config.keep_checkpoints))
 
 
 def _warn_of_idle_auxk(config: TrainConfig) -> None:
@@ -308,7 +379,7 @@ def _warn_of_idle_auxk(config: TrainConfig) -> None:
         )
 
 
-def _drop_broken(trainers: list[Trainer], logs: list[MetricsLog], step: int) -> None:
+def _drop_broken(trainers: list[Trainer], logs: list[MetricsLog | NoLog], step: int) -> None:
     """Take autoencoders that are no longer finite out of both lists, and say so; raises if none would be left."""
     for trainer, log in list(zip(trainers, logs, strict=True)):
         try:
@@ -322,7 +393,9 @@ def _drop_broken(trainers: list[Trainer], logs: list[MetricsLog], step: int) -> 
             logs.remove(log)
 
 
-def _log(trainers: list[Trainer], logs: list[MetricsLog], step: int, tokens: int, rate: float) -> dict[str, float]:
+def _log(
+    trainers: list[Trainer], logs: list[MetricsLog | NoLog], step: int, tokens: int, rate: float
+) -> dict[str, float]:
     """Write a line of metrics for each autoencoder; what to show of the first."""
     for trainer, log in zip(trainers, logs, strict=True):
         lr = learning_rate(trainer.config.optim, step - 1, trainer.config.n_steps)
@@ -332,31 +405,44 @@ def _log(trainers: list[Trainer], logs: list[MetricsLog], step: int, tokens: int
 
 
 def device_type(config: TrainConfig) -> str:
-    """cpu or cuda, whichever a config asks for here."""
-    return config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    """cpu or cuda, whichever a config asks for here.
+
+    Raises:
+        TopkapiError: cuda where there is none.
+    """
+    is_cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not is_cuda:
+        raise TopkapiError("--device cuda: no CUDA device here. Leave --device auto, or install a CUDA build of torch.")
+    return config.device if config.device != "auto" else ("cuda" if is_cuda else "cpu")
 
 
 def open_text(config: TrainConfig) -> Text:
     """Language model and tokens of a run; converts and tokenizes what is not in the cache yet."""
-    name = device_type(config)
-    if name == "cuda" and not torch.cuda.is_available():
-        raise TopkapiError("--device cuda: no CUDA device here. Leave --device auto, or install a CUDA build of torch.")
+    device = device_of(device_type(config))
     if importlib.util.find_spec("transformers") is None:
         raise TopkapiError("language models need the package transformers: pip install 'topkapi[lm]'.")
-    language_model = LanguageModel.load(config.language_model, torch.device(name))
+    language_model = LanguageModel.load(config.language_model, device)
     return Text(language_model, tokenize(config.data, language_model.tokenizer, config.language_model.name))
 
 
-def open_source(config: TrainConfig) -> Source:
-    """Language model, tokens and activation blocks of a run; fills the activation cache where one is asked for."""
-    text = open_text(config)
-    live = LiveBlocks(text.language_model, text.splits.train, config.data)
+def open_source(config: TrainConfig, mesh: Mesh = ALONE) -> Source:
+    """Language model, tokens and activation blocks of a run; fills the activation cache where one is asked for.
+
+    All processes of a mesh call it; what one can do for all of them is done by rank 0 while the others wait.
+    """
+    text = mesh.first_before_others(lambda: open_text(config))
+    live = LiveBlocks(text.language_model, text.splits.train, config.data, mesh.apart())
     if config.data.source == "live":
         live.prepare()
         return Source(text.language_model, text.splits, live)
     folder = cache_folder() / "activations" / sha256_json(live.identity)[:16]
-    with lock(folder, lambda: say(f"waiting for another process that fills {folder} ...")):
-        remove_leftovers(folder)
+    with ExitStack() as stack:
+
+        def hold() -> None:
+            stack.enter_context(lock(folder, lambda: say(f"waiting for another process that fills {folder} ...")))
+            remove_leftovers(folder)
+
+        mesh.on_first(hold)
         return Source(text.language_model, text.splits, CachedBlocks.build(live, folder))
 
 
@@ -401,6 +487,16 @@ def _check_agreement(configs: Sequence[TrainConfig], runs: Sequence[Path]) -> No
             )
 
 
+def _check_mesh(config: TrainConfig, mesh: Mesh) -> None:
+    """Refuse what several processes cannot do together."""
+    if mesh.n_ranks > 1 and config.model.activation == "relu":
+        raise TopkapiError(
+            f"ReLU baselines train in one process; {mesh.n_ranks} were launched. Start topkapi without torchrun."
+        )
+    mesh.latents(config.model.n_latents)
+    part_of_batch(config.batch_tokens, mesh)
+
+
 def _check_run(config: TrainConfig, run: Path, resume: bool) -> None:
     """Refuse to write over a run, or to resume one with other settings."""
     exists = (run / published.CONFIG).exists()
@@ -412,7 +508,8 @@ def _check_run(config: TrainConfig, run: Path, resume: bool) -> None:
         return
     saved = saved_config(run)
     d_model = published.read_config(run)["autoencoder"]["d_model"]
-    if lines := differences(config.resolved(d_model, device_type(config)), saved):
+    ours = replace(config.resolved(d_model, device_type(config)), parallel=saved.parallel)  # any mesh may go on
+    if lines := differences(ours, saved):
         raise TopkapiError(
             f"{run} was started with other settings ({'; '.join(lines)}; given against saved). Resume it as it was: "
             f"topkapi train {run} --resume."
@@ -433,11 +530,17 @@ def _locked(run: Path) -> Iterator[None]:
 
 
 class _Stop:
-    """Turns SIGINT and SIGTERM into `Interrupted`, at a moment when the state is whole."""
+    """Turns SIGINT and SIGTERM into `Interrupted`, at a moment when the state is whole.
 
-    def __init__(self) -> None:
+    Several processes must stop after the same step, and a signal reaches each at another moment. So after each step
+    they begin to exchange what they have heard, and read it after the next one, when it has long arrived.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
         self.signal_number = 0
         self.is_waiting = False
+        self._heard: Callable[[], Tensor] | None = None
 
     def handle(self, signal_number: int, _: FrameType | None) -> None:
         self.signal_number = signal_number
@@ -446,29 +549,80 @@ class _Stop:
             raise Interrupted(signal_number)
 
     def check(self) -> None:
-        if self.signal_number:
-            raise Interrupted(self.signal_number)
+        """After a step; every process calls it."""
+        number = self.signal_number
+        if self.mesh.n_ranks > 1:
+            before, self._heard = self._heard, self.mesh.max_later(torch.tensor(self.signal_number))
+            number = int(before()) if before is not None else 0
+        if number:
+            raise Interrupted(number)
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
+    def waiting(self, in_step: bool = False) -> Iterator[None]:
+        """Within the block a signal raises at once, but not in a step that other processes do too."""
+        if in_step and self.mesh.n_ranks > 1:
+            yield
+            return
         self.is_waiting = True
         try:
-            self.check()
+            if self.signal_number:
+                raise Interrupted(self.signal_number)
             yield
         finally:
             self.is_waiting = False
 
 
 @contextmanager
-def _signals() -> Iterator[_Stop]:
-    """Handle SIGINT and SIGTERM for a while; the old handlers come back after."""
-    stop = _Stop()
+def _signals(mesh: Mesh) -> Iterator[_Stop]:
+    """Handle SIGINT and SIGTERM for a while; the old handlers come back after.
+
+    Not where one of several processes fails: its launcher sends it a SIGTERM while it finds out what to say.
+    """
+    stop = _Stop(mesh)
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may handle signals
         return
     old: dict[int, Any] = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    is_ending = False
     try:
-        yield stop
+        with _second_signal_ends() if launched() else nullcontext():
+            yield stop
+    except BaseException:
+        is_ending = launched()
+        raise
     finally:
-        for number, handler in old.items():
+        for number, handler in old.items() if not is_ending else ():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _second_signal_ends() -> Iterator[None]:
+    """A second signal, some time after the first, ends this process at once, wherever it is.
+
+    Python hands signals to the main thread, which may wait in a collective for a process that will not come; the
+    interpreter writes each signal's number to a socket as well, and a thread reads those.
+    """
+    reading, writing = socket.socketpair()
+    writing.setblocking(False)
+    old = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+
+    def listen() -> None:
+        first = 0.0
+        while data := reading.recv(1):
+            if data[0] not in (signal.SIGINT, signal.SIGTERM):
+                continue
+            first = first or time.monotonic()
+            if time.monotonic() - first > SECOND_SIGNAL_AFTER:
+                if not console.quiet:
+                    os.write(2, b"topkapi: stopped by a second signal; the last checkpoint is whole.\n")
+                os._exit(128 + data[0])
+
+    listener = threading.Thread(target=listen, name="topkapi-signals", daemon=True)
+    listener.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(old)
+        writing.close()
+        listener.join()
+        reading.close()

@@ -6,6 +6,8 @@
 3. `LiveBlocks` computes block i when it is asked for; `CachedBlocks` reads the same bits from a file. Forward
    passes hold the same contexts in either case, so the two are bit-identical (on one machine, for one
    batch_contexts and number of threads).
+4. Processes that train together compute a block together: each runs whole forward passes on its share of the contexts,
+   the same passes as one process would, and the rows are then exchanged, so that every process holds the whole block.
 
 `topkapi.data.batches` turns blocks into training batches.
 """
@@ -29,6 +31,7 @@ from topkapi.data.tokens import TokenFile
 from topkapi.data.transfer import to_device, to_host
 from topkapi.errors import TopkapiError
 from topkapi.files import read_json, sha256, write_atomic, write_json
+from topkapi.parallel import ALONE, Mesh
 
 FORMAT = 1  # of the cache; raised when blocks of an older one would differ
 ROWS_AT_ONCE = 8_192  # bounds the float32 copies made to measure norms
@@ -93,10 +96,12 @@ def harvest(
     context_ids: Int[np.ndarray, " b"],
     config: DataConfig,
     advance: Callable[[int], object] = lambda _: None,
+    mesh: Mesh = ALONE,
 ) -> tuple[Block, HarvestCounts]:
     """The block of these contexts, on the language model's device; `advance` hears of tokens as they are done.
 
-    Memory: the block in bf16 and one forward pass.
+    With a mesh all its processes call it, and what one of them raises is raised by all. Memory: the block in bf16 and
+    one forward pass.
 
     Raises:
         TopkapiError: an activation is not finite.
@@ -104,13 +109,17 @@ def harvest(
     tokens = token_file.context_tokens(context_ids, config.context)
     kept = kept_positions(tokens, config, lm.special_ids)
     x = torch.empty(int(kept.sum()), lm.d_model, dtype=torch.bfloat16, device=lm.device)
-    row = 0
-    on_device = to_device(tokens, lm.device)
-    for some, used in zip(on_device.split(lm.batch_contexts), kept.split(lm.batch_contexts), strict=True):
-        where = used.flatten().nonzero().flatten()  # found on the CPU: a mask on the device would have to be waited for
-        x[row : row + len(where)] = lm.activations(some).flatten(0, 1)[to_device(where, lm.device)]
-        row += len(where)
-        advance(some.numel())
+    shares = _shares(kept, lm.batch_contexts, mesh.n_ranks)
+    failure, (contexts, rows) = None, shares[mesh.rank]
+    try:
+        _fill_(x[rows], lm, tokens[contexts], kept[contexts], advance)
+    except Exception as error:
+        failure = error
+    mesh.raise_any(failure)
+    for source, (_, theirs) in enumerate(shares):
+        mesh.broadcast_(x[theirs], source)
+    if mesh.n_ranks > 1:
+        advance(tokens.numel() - tokens[contexts].numel())
     starts = torch.from_numpy(np.asarray(context_ids, dtype=np.int64)) * config.context
     positions = to_device((starts[:, None] + torch.arange(config.context))[kept], lm.device)
     block, n_outliers = _without_outliers(Block(x, positions), lm, config)
@@ -122,6 +131,32 @@ def harvest(
         outlier_norms=n_outliers,
     )
     return block, counts
+
+
+def _shares(kept: Bool[Tensor, "b context"], batch_contexts: int, n_ranks: int) -> list[tuple[slice, slice]]:
+    """Each process's contexts, whole forward passes of them, and the rows that they become."""
+    n_passes = -(-len(kept) // batch_contexts)
+    step = -(-n_passes // n_ranks) * batch_contexts
+    bounds = [min(rank * step, len(kept)) for rank in range(n_ranks + 1)]
+    rows = [int(kept[:bound].sum()) for bound in bounds]
+    return [(slice(*bounds[i : i + 2]), slice(*rows[i : i + 2])) for i in range(n_ranks)]
+
+
+def _fill_(
+    x: BFloat16[Tensor, "rows d_model"],
+    lm: LanguageModel,
+    tokens: Int[Tensor, "b context"],
+    kept: Bool[Tensor, "b context"],
+    advance: Callable[[int], object],
+) -> None:
+    """Compute the rows of some contexts into `x`."""
+    row, on_device = 0, to_device(tokens, lm.device)
+    for start in range(0, len(tokens), lm.batch_contexts):
+        some, used = (of[start : start + lm.batch_contexts] for of in (on_device, kept))
+        where = used.flatten().nonzero().flatten()  # found on the CPU: a mask on the device would have to be waited for
+        x[row : row + len(where)] = lm.activations(some).flatten(0, 1)[to_device(where, lm.device)]
+        row += len(where)
+        advance(some.numel())
 
 
 def _without_outliers(block: Block, lm: LanguageModel, config: DataConfig) -> tuple[Block, int]:
@@ -152,8 +187,9 @@ def _norms(x: BFloat16[Tensor, "rows d_model"]) -> Float32[Tensor, " rows"]:
 class LiveBlocks:
     """Blocks computed each time they are asked for; block i always holds the same contexts."""
 
-    def __init__(self, lm: LanguageModel, token_file: TokenFile, config: DataConfig) -> None:
-        self.lm, self.token_file, self.config = lm, token_file, config
+    def __init__(self, lm: LanguageModel, token_file: TokenFile, config: DataConfig, mesh: Mesh = ALONE) -> None:
+        """With a mesh its processes compute blocks together: all ask for the same ones in the same order."""
+        self.lm, self.token_file, self.config, self.mesh = lm, token_file, config, mesh
         self.d_model = lm.d_model
         n_contexts = token_file.n_contexts(config.context)
         if n_contexts == 0:
@@ -193,7 +229,7 @@ class LiveBlocks:
 
     def harvest(self, i: int, advance: Callable[[int], object] = lambda _: None) -> tuple[Block, HarvestCounts]:
         """Block i and what was left out of it."""
-        block, counts = harvest(self.lm, self.token_file, self.groups[i], self.config, advance)
+        block, counts = harvest(self.lm, self.token_file, self.groups[i], self.config, advance, self.mesh)
         self._counts[i] = counts
         return block, counts
 
@@ -233,25 +269,28 @@ class CachedBlocks:
     def build(cls, live: LiveBlocks, folder: Path) -> "CachedBlocks":
         """Compute every block of `live` into `folder`; blocks already there and undamaged are kept.
 
+        The processes of a mesh all call it: they compute together, and rank 0 writes.
+
         Raises:
             TopkapiError: the folder holds a cache made for something else.
             OSError: the disk is full or the folder read-only; what was finished stays and is used next time.
         """
-        manifest = {"name": live.lm.name, "identity": live.identity, "blocks": [None] * len(live)}
-        if (folder / "manifest.json").exists():
-            manifest = read_json(folder / "manifest.json", "Activation cache", f"Delete {folder} and run again.")
-            _require_same(folder, manifest, live.identity)
+        mesh, entries = live.mesh, live.mesh.on_first(lambda: _entries(live, folder))
         total = live.config.context * sum(map(len, live.groups))
         with progress("Caching activations", total) as meter:
-            for i, entry in enumerate(manifest["blocks"]):
-                path = _block_path(folder, i)
-                if entry and path.exists() and sha256(path) == entry["sha256"]:
+            for i in range(len(live)):
+                if mesh.on_first(lambda i=i: _is_sound(folder, i, entries[i])):
                     meter.advance(live.config.context * len(live.groups[i]))
                     continue
                 live.prepare()
                 block, counts = live.harvest(i, meter.advance)
-                manifest["blocks"][i] = _write_block(path, block) | {"counts": asdict(counts)}
-                write_json(folder / "manifest.json", manifest)
+
+                def write(i: int = i, block: Block = block, counts: HarvestCounts = counts) -> None:
+                    entries[i] = _write_block(_block_path(folder, i), block) | {"counts": asdict(counts)}
+                    manifest = {"name": live.lm.name, "identity": live.identity, "blocks": entries}
+                    write_json(folder / "manifest.json", manifest)
+
+                mesh.on_first(write)
         return cls.open(folder, live.identity)
 
     def __len__(self) -> int:
@@ -275,6 +314,20 @@ class CachedBlocks:
     def counts(self) -> HarvestCounts:
         """Tokens kept and left out in the whole cache."""
         return sum((HarvestCounts(**entry["counts"]) for entry in self._blocks), HarvestCounts())
+
+
+def _entries(live: LiveBlocks, folder: Path) -> list[dict[str, Any] | None]:
+    """What the manifest of a cache that is being built says of each block; None for one that is not there yet."""
+    if not (folder / "manifest.json").exists():
+        return [None] * len(live)
+    manifest = read_json(folder / "manifest.json", "Activation cache", f"Delete {folder} and run again.")
+    _require_same(folder, manifest, live.identity)
+    return manifest["blocks"]
+
+
+def _is_sound(folder: Path, i: int, entry: dict[str, Any] | None) -> bool:
+    path = _block_path(folder, i)
+    return entry is not None and path.exists() and sha256(path) == entry["sha256"]
 
 
 def _block_path(folder: Path, i: int) -> Path:

@@ -4,6 +4,9 @@ Epoch e visits the blocks in an order drawn from (seed, e), and the rows of a bl
 (seed, e, block). The place in that order is three integers, so that a run resumes exactly without saving any
 activations: only the block in use is read again.
 
+Each replica of a mesh takes its part of every batch, so that all of them together train on the batches of one process,
+in the same order.
+
 `topkapi.data.pipeline` makes the same batches ready ahead of time for a CUDA device.
 """
 
@@ -17,11 +20,24 @@ from torch import Tensor
 
 from topkapi.data.activations import Blocks
 from topkapi.errors import TopkapiError
+from topkapi.parallel import ALONE, Mesh
 
 
 @lru_cache(maxsize=4)
 def _order_of_blocks(seed: int, epoch: int, n_blocks: int) -> Int64[np.ndarray, " n_blocks"]:
     return np.random.default_rng([seed, epoch]).permutation(n_blocks)
+
+
+def part_of_batch(batch_tokens: int, mesh: Mesh) -> slice:
+    """The places in a batch that are this replica's."""
+    if batch_tokens % mesh.n_replicas:
+        below = batch_tokens - batch_tokens % mesh.n_replicas
+        raise TopkapiError(
+            f"--batch-tokens {batch_tokens} cannot be divided among {mesh.n_replicas} replicas: take "
+            f"{below or mesh.n_replicas}, or fewer processes."
+        )
+    n = batch_tokens // mesh.n_replicas
+    return slice(mesh.replica * n, (mesh.replica + 1) * n)
 
 
 class Opened(NamedTuple):
@@ -34,26 +50,30 @@ class Opened(NamedTuple):
 
 
 class ShuffledBatches:
-    """Iterator without end over (batch_tokens, d_model) batches of raw activations.
+    """Iterator without end over batches of raw activations: of each batch_tokens rows those of this replica.
 
     A batch may span blocks and epochs. In memory: one block and the batch. Batches are on the blocks' device.
+
+    Raises:
+        TopkapiError: batch_tokens cannot be divided among the replicas.
     """
 
-    def __init__(self, blocks: Blocks, batch_tokens: int, seed: int) -> None:
-        self.blocks, self.batch_tokens, self.seed = blocks, batch_tokens, seed
+    def __init__(self, blocks: Blocks, batch_tokens: int, seed: int, mesh: Mesh = ALONE) -> None:
+        self.blocks, self.batch_tokens, self.seed, self.mesh = blocks, batch_tokens, seed, mesh
+        self._bounds = part_of_batch(batch_tokens, self.mesh)
         self._epoch = self._place = self._row = self._n_empty = 0
         self._open: Opened | None = None
 
     def __iter__(self) -> "ShuffledBatches":
         return self
 
-    def __next__(self) -> BFloat16[Tensor, "batch_tokens d_model"]:
+    def __next__(self) -> BFloat16[Tensor, "rows d_model"]:
         pieces: list[Tensor] = []
-        missing = self.batch_tokens
-        while missing:
-            x, rows = self._take(missing)
-            pieces.append(x[rows])
-            missing -= len(rows)
+        done = 0
+        while done < self.batch_tokens:
+            x, rows = self._take(self.batch_tokens - done)
+            pieces.append(x[self._mine(rows, done)])
+            done += len(rows)
         return torch.cat(pieces)
 
     def state(self) -> dict[str, int]:
@@ -83,8 +103,17 @@ class ShuffledBatches:
         return opened.x[opened.order[:rows]]
 
     def close(self) -> None:
-        """Let go of what is in memory; no batch can be had after that."""
+        """Let go of what is in memory; no batch can be had after that. All processes of a mesh close together."""
         self._open = None
+
+    def abandon(self) -> None:
+        """`close` where a process has failed: nothing is waited for."""
+        self._open = None
+
+    def _mine(self, rows: Int64[Tensor, " n"], done: int) -> Int64[Tensor, " m"]:
+        """Of rows that fill a batch from place `done` on, those of this replica."""
+        start, stop = (min(max(bound - done, 0), len(rows)) for bound in (self._bounds.start, self._bounds.stop))
+        return rows[start:stop]
 
     def _take(self, most: int) -> tuple[BFloat16[Tensor, "rows d_model"], Int64[Tensor, " n"]]:
         """A block and the numbers of its rows that come next, at most `most` and perhaps none; moves on behind them."""

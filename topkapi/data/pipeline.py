@@ -9,6 +9,10 @@
 
 Batches and their order are those of `topkapi.data.batches.ShuffledBatches`, and so is the state that is saved: it
 belongs to the batch handed out, not to those gathered since.
+
+Several processes compute blocks together, each in its thread, with process groups of their own, in the order that is
+the same everywhere. How far the threads have come differs, so closing is an agreement too: who has begun fewer blocks
+than another says that he declines the rest, and no thread waits for one that will not come.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +27,7 @@ from torch import Tensor
 from topkapi.data.activations import Blocks, LiveBlocks
 from topkapi.data.batches import Opened, ShuffledBatches
 from topkapi.data.transfer import Lane, Moment, follow, now, to_device, wait
+from topkapi.parallel import ALONE, Mesh
 
 
 class _Closed(Exception):
@@ -43,7 +48,7 @@ class _Buffer:
 
     x: Tensor
     n_rows: int = 0
-    """Rows gathered so far."""
+    """Rows gathered so far, those of other replicas counted."""
     following: dict[str, int] = field(default_factory=dict)
     """Where the batch after this one starts; set with `gathered`, when all rows are there."""
     gathered: Moment = None
@@ -56,18 +61,19 @@ class BatchesAhead(ShuffledBatches):
     memory is used again. In memory: two blocks and two batches. `close` ends the thread.
     """
 
-    def __init__(self, blocks: Blocks, batch_tokens: int, seed: int, device: torch.device) -> None:
-        super().__init__(blocks, batch_tokens, seed)
+    def __init__(self, blocks: Blocks, batch_tokens: int, seed: int, device: torch.device, mesh: Mesh = ALONE) -> None:
+        super().__init__(blocks, batch_tokens, seed, mesh)
         self.device = device
         self._reading, self._gathering = Lane(device), Lane(device, urgent=True)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="topkapi-blocks")
         self._closed = Event()
         self._coming: _Coming | None = None
-        shape = batch_tokens, blocks.d_model
+        self._n_harvests = 0  # given to the thread
+        shape = self._bounds.stop - self._bounds.start, blocks.d_model
         self._buffers = [_Buffer(torch.empty(shape, dtype=torch.bfloat16, device=device)) for _ in range(2)]
         self._handed_out = super().state()
 
-    def __next__(self) -> BFloat16[Tensor, "batch_tokens d_model"]:
+    def __next__(self) -> BFloat16[Tensor, "rows d_model"]:
         self._gathering.after(now(self.device))  # what reads the batch handed out last is behind this
         batch, other = self._buffers
         self._gather_(batch, may_wait=True)
@@ -94,10 +100,18 @@ class BatchesAhead(ShuffledBatches):
         self._gathering.after(now(self.device))  # the current stream read the block, which no one may free before
         return found
 
+    def abandon(self) -> None:
+        """`close` where a process has failed: the thread may wait for it for ever, and is left behind."""
+        self._closed.set()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
     def close(self) -> None:
         """End the thread, soon even in the middle of a block, and free the device's memory."""
         self._closed.set()
-        self._thread.shutdown(cancel_futures=True)
+        most = max(self.mesh.gather_objects(self._n_harvests))
+        for _ in range(most - self._n_harvests):
+            self._thread.submit(self.blocks.mesh.raise_any, _Closed())
+        self._thread.shutdown(cancel_futures=self.mesh.n_ranks == 1)
         wait(self._gathering.now())
         wait(now(self.device))
         self._coming, self._buffers = None, []
@@ -112,9 +126,11 @@ class BatchesAhead(ShuffledBatches):
                 if not (may_wait or self._is_ready()):
                     return
                 x, rows = self._take(self.batch_tokens - batch.n_rows)
-                torch.index_select(x, 0, rows, out=batch.x[batch.n_rows : batch.n_rows + len(rows)])
+                mine = self._mine(rows, batch.n_rows)
+                place = max(batch.n_rows - self._bounds.start, 0)
+                torch.index_select(x, 0, mine, out=batch.x[place : place + len(mine)])
                 batch.n_rows += len(rows)
-                del x, rows  # or a block that was left lives on until the next is gathered from
+                del x, rows, mine  # or a block that was left lives on until the next is gathered from
         batch.following, batch.gathered = super().state(), self._gathering.now()
 
     def _is_ready(self) -> bool:
@@ -148,6 +164,7 @@ class BatchesAhead(ShuffledBatches):
         """Let the thread make a block ready after what has been gathered so far."""
         number, last = self._number(epoch, place), self._open
         x = last.x if last is not None and last.number == number else None
+        self._n_harvests += x is None and isinstance(self.blocks, LiveBlocks)
         block = self._thread.submit(self._make_ready, epoch, number, x, self._gathering.now())
         self._coming = _Coming(epoch, place, block)
         return self._coming
@@ -171,8 +188,10 @@ class BatchesAhead(ShuffledBatches):
             raise _Closed
 
 
-def open_batches(blocks: Blocks, batch_tokens: int, seed: int, device: torch.device) -> ShuffledBatches:
+def open_batches(
+    blocks: Blocks, batch_tokens: int, seed: int, device: torch.device, mesh: Mesh = ALONE
+) -> ShuffledBatches:
     """The batches of a run that trains on `device`: ahead of time on a CUDA device, one after another on a CPU."""
     if device.type == "cuda":
-        return BatchesAhead(blocks, batch_tokens, seed, device)
-    return ShuffledBatches(blocks, batch_tokens, seed)
+        return BatchesAhead(blocks, batch_tokens, seed, device, mesh)
+    return ShuffledBatches(blocks, batch_tokens, seed, mesh)
