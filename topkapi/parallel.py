@@ -224,9 +224,16 @@ def speaks() -> bool:
 
 
 def device_of(device_type: str) -> torch.device:
-    """The device of this process: on CUDA, where several were launched, that of its LOCAL_RANK."""
+    """The device of this process: on CUDA, where several were launched, that of its LOCAL_RANK.
+
+    Raises:
+        TopkapiError: there is none.
+    """
     if device_type == "cuda" and launched():
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= count:
+            raise TopkapiError(f"no GPU for process {number} of this machine, which has {count}: launch one a GPU.")
+        return torch.device("cuda", number)
     return torch.device(device_type)
 
 
@@ -249,14 +256,14 @@ def open_mesh(n_shards: int, device_type: str, timeout: timedelta = timedelta(mi
     if n_ranks == 1:
         yield Mesh()
         return
-    backend = "gloo"
-    if device_type == "cuda":
-        torch.cuda.set_device(device_of(device_type))
-        backend = "cpu:gloo,cuda:nccl"
     console.quiet = not speaks()
     store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
     ending = _Ending(dist.PrefixStore("topkapi", store), rank, n_ranks)
     try:
+        backend = "gloo"
+        if device_type == "cuda":
+            torch.cuda.set_device(device_of(device_type))
+            backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, store=store, rank=rank, world_size=n_ranks, timeout=timeout)
         shape = (n_ranks // n_shards, n_shards)
         device_mesh = dist.init_device_mesh(device_type, shape, mesh_dim_names=("replicas", "shards"))

@@ -117,7 +117,8 @@ def harvest(
         failure = error
     mesh.raise_any(failure)
     for source, (_, theirs) in enumerate(shares):
-        mesh.broadcast_(x[theirs], source)
+        if theirs.stop > theirs.start:
+            mesh.broadcast_(x[theirs], source)
     if mesh.n_ranks > 1:
         advance(tokens.numel() - tokens[contexts].numel())
     starts = torch.from_numpy(np.asarray(context_ids, dtype=np.int64)) * config.context
