@@ -19,7 +19,7 @@ import torch
 from tests.parallel_worker import DEAD_AFTER, LIMIT, Case, batches, cases, course, kernel_cases, made
 from topkapi.config import AuxKConfig, LossConfig, ModelConfig, ParallelConfig, TrainConfig
 from topkapi.errors import TopkapiError
-from topkapi.exchange import candidates, candidates_of, cheaper_exchange
+from topkapi.exchange import auxk_candidates_of, candidates, candidates_of, cheaper_exchange
 from topkapi.gradients import DeadSubset, topk_step
 from topkapi.model import Autoencoder
 from topkapi.ops import reference
@@ -200,6 +200,9 @@ def test_candidates_follow_the_capacity_and_its_bounds() -> None:
     assert [candidates_of(32, 10_000, 8, config) for config in (exact, few, insists)] == [32, 10, 3]
     assert [candidates_of(32, 30, 8, config) for config in (exact, few, insists)] == [4, 4, 3]
     assert [candidates_of(32, 30, 1, config) for config in (exact, few, insists)] == [30, 30, 30]
+    assert [auxk_candidates_of(512, 2294, 512, config) for config in (exact, few, insists)] == [512, 5, 5]
+    assert [auxk_candidates_of(512, 3, 512, config) for config in (exact, few)] == [3, 3]
+    assert auxk_candidates_of(512, 2294, 1, few) == 512
 
 
 @pytest.mark.parametrize("k", [32, 256])

@@ -210,7 +210,7 @@ class ParallelConfig:
 
     selection: Literal["exact", "capacity"] = "exact"
     """exact: each shard puts k candidates a token forward, and the k largest of all are kept. capacity: fewer, see
-    below, so that less is gathered; a token may then lose some of its k largest to smaller ones."""
+    below, so that less is gathered; a token may then lose some of its k largest to smaller ones. AuxK likewise."""
 
     capacity: float = 2.0
     """Candidates a shard beyond its share k / shards, as a factor; more where that would lose over 0.1 % of the k."""

@@ -20,6 +20,7 @@ Called by `topkapi.gradients`. Source: Gao et al. 2024, appendix D.
 """
 
 import math
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -46,6 +47,7 @@ class Rows(NamedTuple):
     indices: Int[Tensor, "n c"]
 
 
+@lru_cache  # asked for in every step
 def candidates(k: int, n_shards: int, capacity: float) -> int:
     """Candidates a token that each shard puts forward: its share k / n_shards times `capacity`, but never so few that
     more than LOST of the k largest would be lost, nor fewer than 2 (or k).
@@ -77,6 +79,13 @@ def candidates_of(k: int, n_latents: int, n_shards: int, config: ParallelConfig)
     if n_shards == 1 or config.selection == "exact":
         return largest
     return min(config.candidates or candidates(k, n_shards, config.capacity), largest)
+
+
+def auxk_candidates_of(k: int, n_dead: int, n_shards: int, config: ParallelConfig) -> int:
+    """Dead latents a token that each shard, of which none has more than `n_dead`, puts forward for the k of AuxK."""
+    if n_shards == 1 or config.selection == "exact":
+        return min(k, n_dead)
+    return min(candidates(k, n_shards, config.capacity), n_dead)
 
 
 def cheaper_exchange(
@@ -193,12 +202,13 @@ def auxk_sums(
     inverse_scale: float,
     factor: Float[Tensor, ""],
     mesh: Mesh,
+    config: ParallelConfig,
 ) -> AuxKSums:
     """`topkapi.ops.auxk.auxk_gradients` for dead latents that are divided among several shards.
 
     Every shard has as many rows, some of them padding. `squared_error` is that of this shard's part of the tokens.
     """
-    n_candidates = min(weights.k, len(weights.W_enc))
+    n_candidates = auxk_candidates_of(weights.k, len(weights.W_enc), mesh.n_shards, config)
     row_bytes = n_candidates * (SPARSE_ENTRY_BYTES + 4 * mesh.n_shards) + 8 * centred.shape[1]
     sums = None
     for rows in chunks(len(centred), row_bytes):

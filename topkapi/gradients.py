@@ -152,7 +152,7 @@ def topk_step(
     auxk = torch.zeros_like(mse)
     if min(config.auxk, len(dead), len(x)) > 0 and config.coefficient > 0:
         residual = _Residual(decoded.grad_recon, n_tokens, numel / (2 * scale), grad_recon_sum, squared_error)
-        auxk = _add_auxk_(gradients, weights, latent_bias, centred, residual, dead, config, mesh)
+        auxk = _add_auxk_(gradients, weights, latent_bias, centred, residual, dead, config, mesh, parallel)
     lost = None
     if mesh.n_shards > 1 and parallel.selection == "capacity":
         lost = exchange.share_lost(centred, weights.W_enc, latent_bias, ae.k, width, ae.n_latents, mesh)
@@ -256,6 +256,7 @@ def _add_auxk_(
     dead: DeadSubset,
     config: AuxKConfig,
     mesh: Mesh,
+    parallel: ParallelConfig,
 ) -> Float[Tensor, ""]:
     """Add AuxK's gradients to `gradients` and return its loss term.
 
@@ -277,7 +278,7 @@ def _add_auxk_(
     factor = (2 * config.coefficient / numel) / variance
     given = (weights, centred, residual.grad_recon, residual.inverse_scale, factor)
     if mesh.n_shards > 1:
-        sums = exchange.auxk_sums(*given, mesh)
+        sums = exchange.auxk_sums(*given, mesh, parallel)
     else:
         sums = auxk_gradients(*given, dense=len(dead) <= DENSE_AUXK_BELOW[centred.device.type] * k)
     sums.squared_error = mesh.ordered_sum(sums.squared_error, "all")

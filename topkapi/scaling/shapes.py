@@ -6,7 +6,7 @@ from typing import Literal
 
 from topkapi.config import AuxKConfig, ParallelConfig, TrainConfig
 from topkapi.errors import TopkapiError
-from topkapi.exchange import candidates_of, cheaper_exchange
+from topkapi.exchange import auxk_candidates_of, candidates_of, cheaper_exchange
 from topkapi.scaling.truncation import truncation_losses
 
 Precision = Literal["float32", "bf16", "fp8"]
@@ -142,7 +142,7 @@ def rank_of(job: Job, layout: Layout) -> Rank:
         candidates=offered,
         active=float(min(offered, job.k / layout.n_shards)),
         dead=dead,
-        auxk_candidates=min(auxk, dead),  # whatever the selection
+        auxk_candidates=auxk_candidates_of(auxk, dead, layout.n_shards, layout.parallel) if auxk else 0,
         auxk_active=float(min(dead, auxk / layout.n_shards)),
         lost=truncation_losses(job.k, layout.n_shards)[offered] if offered < min(job.k, latents) else 0.0,
         exchange=_exchange(job, layout, rows, latents, offered),
