@@ -1,5 +1,5 @@
 """Seen to fail when: a checkpoint is written under its final name at once; a damaged checkpoint counts as none, so that
-training starts again from step 0 without a word; pruning keeps the oldest."""
+training starts again from step 0 without a word; pruning keeps the oldest; rows are sharded over the replicas."""
 
 import errno
 import itertools

@@ -1,6 +1,8 @@
 """Processes that train together: started as torchrun starts them, on CPUs, with real signals.
 
-Seen to fail when: ...
+Seen to fail when: each process stops at its own signal; the handlers of signals are gone while a process that lost
+another finds out which; nobody speaks for one that was killed; every replica reads the first part of a batch; dead
+counters are not restored; all processes write to the console.
 """
 
 import errno
