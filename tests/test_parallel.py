@@ -3,6 +3,11 @@
 Twenty steps of the real step, optimiser and dead counter in worlds of gloo processes against one process: loss, AuxK,
 l0, the dense gradients, their norm, weights, averages and silent_for, to 1e-10 in float64. AuxK runs with dead latents
 in the last shards only to begin with, gradients are clipped, and 101 latents do not divide evenly.
+
+Seen to catch: a decoder gradient that is not summed over replicas; ties kept for the higher shard, or left open; AuxK's
+candidates not gathered, its gradients not summed over replicas, its lists of another length on each shard; latents that
+fired in another replica; the norm of one shard's gradients; the mean over a replica's tokens; pre_bias without the other
+shards' encoders; the encoder's scale from one shard's reconstruction; the share lost of one shard.
 """
 
 import math
