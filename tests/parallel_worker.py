@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
 
-from topkapi.config import AuxKConfig, OptimConfig, ParallelConfig
+from topkapi.config import AuxKConfig, LossConfig, OptimConfig, ParallelConfig
 from topkapi.dead import DeadCounter
-from topkapi.gradients import topk_step
+from topkapi.gradients import relu_step, topk_step
 from topkapi.loss import mse_scale
 from topkapi.model import PARAMETERS, Autoencoder, Working
 from topkapi.ops import kernels_only
@@ -31,6 +31,7 @@ from topkapi.parallel import ALONE, Mesh, open_mesh
 
 D_MODEL, BATCH, DEAD_AFTER = 24, 48, 100
 AUXK = AuxKConfig(auxk=7, coefficient=1 / 4, dead_after=DEAD_AFTER)
+RELU = LossConfig(sparsity="l1", l1_coefficient=0.01)
 LIMIT = 240  # seconds
 
 
@@ -48,8 +49,9 @@ class Case:
     """Activations and encoder of few distinct values, so that pre-activations are exact and often equal."""
     lists_ahead: bool = False
     kernels: bool = False
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Its shards are not read."""
+    relu: bool = False
     together: bool = False
     """All pre-activations above 0 belong to the first latents, and so to one shard."""
 
@@ -65,6 +67,8 @@ def cases(world: int) -> dict[str, Case]:
         found[f"{name} float32"] = replace(base, dtype=torch.float32, lists_ahead=True)
         if n_shards < world:
             found[f"{name} dense"] = replace(base, n_latents=100, lists_ahead=True, parallel=dense)
+        if n_shards == 1:
+            found[f"{name} relu"] = replace(base, relu=True, steps=5)
         if n_shards > 1:
             few = ParallelConfig(selection="capacity", candidates=max(6 // n_shards, 1))
             found[f"{name} capacity"] = replace(base, steps=3, parallel=few)
@@ -100,6 +104,7 @@ def round_(ae: Autoencoder) -> None:
 def made(case: Case, sample: torch.Tensor, mesh: Mesh) -> Autoencoder:
     latents = mesh.latents(case.n_latents)
     ae = Autoencoder(d_model=D_MODEL, n_latents=case.n_latents, k=case.k, latents=latents).to(case.dtype)
+    ae.activation = "relu" if case.relu else "topk"
     ae.initialise_(sample, 1.5 if case.ties else 1.0, mesh)
     offsets = torch.zeros(case.n_latents, dtype=case.dtype)
     offsets[-case.n_latents // 9 :] = -0.4
@@ -130,7 +135,10 @@ def course(case: Case, mesh: Mesh = ALONE) -> dict[str, Any]:
             subset = counter.subset(DEAD_AFTER, case.batch)
             shard[f"dead {number}"] = counter.dead(DEAD_AFTER)
             x, parallel = x[part], case.parallel
-            step = topk_step(ae, x, mse_scale(sample), subset, AUXK, optimizer.working, mesh, parallel)
+            if case.relu:
+                step = relu_step(ae, x, mse_scale(sample), RELU, mesh)
+            else:
+                step = topk_step(ae, x, mse_scale(sample), subset, AUXK, optimizer.working, mesh, parallel)
             found = step.gradients
             whole[f"loss {number}"], whole[f"auxk {number}"] = step.terms.normalized_mse, step.terms.auxk
             whole[f"l0 {number}"], whole[f"pre_bias gradient {number}"] = step.l0, found.pre_bias

@@ -45,7 +45,7 @@ DEFAULT = ParallelConfig()
 
 @dataclass(frozen=True)
 class DeadSubset:
-    """The latents that AuxK trains in one step. Its length is known without asking the device, and that of all shards."""
+    """The latents that AuxK trains in one step. Its length, equal on all shards, is known without asking the device."""
 
     latents: Int[Tensor, " m"]
     """Ascending, then n_latents as padding."""
@@ -164,7 +164,7 @@ def _totals(squared_error: Tensor, n_active: Tensor, mesh: Mesh) -> tuple[Float[
     if mesh.n_ranks == 1:
         return squared_error, n_active
     sums = mesh.ordered_sum(torch.stack([squared_error.double(), n_active.double()]), "all")
-    return sums[0].to(squared_error.dtype), sums[1]
+    return sums[0].to(squared_error.dtype), sums[1].to(n_active.dtype)
 
 
 def _replicas_send_rows(rows: Rows, n_latents: int, mesh: Mesh, parallel: ParallelConfig) -> bool:
@@ -309,10 +309,13 @@ def _add_subset_(
     gradients.latent_bias.index_add_(0, chosen, torch.where(usable, sums.latent_bias, 0))
 
 
-def relu_step(ae: Autoencoder, x: Float[Tensor, "n d_model"], scale: float, config: LossConfig) -> Step:
+def relu_step(
+    ae: Autoencoder, x: Float[Tensor, "n d_model"], scale: float, config: LossConfig, mesh: Mesh = ALONE
+) -> Step:
     """Loss, gradients and fired latents of a ReLU + L1 baseline on normalised activations `x`.
 
-    Dense: memory is a few times tokens x n_latents.
+    Dense: memory is a few times tokens x n_latents. On a mesh of replicas (it has no shards) `x` is this one's part of
+    the batch, as long as the others', and what comes back is of the whole batch.
 
     Source: Bricken et al. 2023; Conerly et al., April 2024 (`l1_decoder_norm`).
     """
@@ -324,11 +327,18 @@ def relu_step(ae: Autoencoder, x: Float[Tensor, "n d_model"], scale: float, conf
         parameters = (ae.W_enc, ae.W_dec, ae.latent_bias, ae.pre_bias)
         W_enc, W_dec, latent_bias, pre_bias = torch.autograd.grad(mse + l1, parameters)
     active = latents.detach() > 0
+    fired, n_active, mse, l1 = active.any(0), active.sum(), mse.detach(), l1.detach()
+    if mesh.n_replicas > 1:
+        for gradient in (W_enc, W_dec, latent_bias, pre_bias):
+            mesh.sum_(gradient, "replicas").div_(mesh.n_replicas)
+        fired = mesh.max_(fired.to(torch.uint8), "replicas") > 0
+        mse, l1 = mesh.ordered_sum(torch.stack([mse, l1]), "replicas") / mesh.n_replicas
+        n_active = mesh.sum_(n_active, "replicas")
     gradients = Gradients(
         W_enc=WeightGradient(ae.n_latents, dense=W_enc),
         W_dec=WeightGradient(ae.n_latents, dense=W_dec),
         latent_bias=latent_bias,
         pre_bias=pre_bias,
     )
-    terms = LossTerms(mse.detach(), torch.zeros_like(mse), l1.detach())
-    return Step(terms, gradients, active.any(0), active.sum() / max(len(x), 1))
+    l0 = n_active / max(len(x) * mesh.n_replicas, 1)
+    return Step(LossTerms(mse, torch.zeros_like(mse), l1), gradients, fired, l0)

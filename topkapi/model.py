@@ -225,9 +225,10 @@ class Working:
 
 
 def _directions(n_latents: int, d_model: int, seed: int, latents: slice) -> Float[Tensor, "rows d_model"]:
-    """Random unit vectors, the rows `latents` of n_latents, without making those of more than two blocks besides.
+    """Random unit vectors: the rows `latents` of n_latents, without all the others.
 
-    Each block of DRAWN_TOGETHER latents has a generator of its own, the first one that of `seed`.
+    Each block of DRAWN_TOGETHER latents has a generator of its own, so that a shard makes the blocks it has a part of;
+    the first block's is that of `seed`.
     """
     out = torch.empty(latents.stop - latents.start, d_model)
     for block in range(latents.start // DRAWN_TOGETHER, -(-latents.stop // DRAWN_TOGETHER)):

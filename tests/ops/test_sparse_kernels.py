@@ -1,7 +1,8 @@
 """Each sparse kernel is as close to float64 as plain PyTorch in the same dtype, at odd shapes.
 
 Seen to catch: columns read beyond the last; the last column not written; a block of sorted pairs counted both as whole
-and pair by pair, or not at all; blocks of a segment counted from its first pair; the squared error against the target; nobody's row of a weight read.
+and pair by pair, or not at all; blocks of a segment counted from its first pair; the squared error against the target;
+nobody's row of a weight read.
 """
 
 from collections.abc import Callable

@@ -47,8 +47,9 @@ def encode_topk(
         pre_acts = (x - pre_bias) W_enc^T + latent_bias
         values, indices = TopK_k(pre_acts);  values = max(values, 0)
 
-    A token with fewer than k positive pre-activations has zeros among its values. Entries are in no particular
-    order; of equal pre-activations at the edge any may be kept, the same ones each time. Differentiable in all
+    A token with fewer than k positive pre-activations has zeros among its values. On a CPU entries are ordered by
+    value, then latent, so that of equal pre-activations above 0 the lower latents are kept. On a GPU they are in no
+    particular order, and for some shapes any of equal ones may be kept, the same ones each time. Differentiable in all
     four tensors. Cost 2 n d_model n_latents flops; pre-activations are made in chunks and never kept.
 
     On a GPU candidates are found with products in the precision `screening` and then scored from the tensors as given,

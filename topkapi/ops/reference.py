@@ -8,8 +8,8 @@ touching fresh memory costs more than arithmetic (zeroing a new 38 MB tensor tak
 large temporaries are kept and reused; and `embedding_bag`, in both directions, runs 5 times faster than gathering
 rows and multiplying.
 
-A code may have entries that belong to nobody: value 0 and the index n_latents. They are what a shard makes of candidates
-that other shards' beat (`keep_largest`), and take part in nothing.
+A code may have entries that belong to nobody: value 0 and the index n_latents. They are what a shard makes of its
+candidates that others' beat (`keep_largest`), and take part in nothing.
 """
 
 import threading
