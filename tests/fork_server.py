@@ -53,7 +53,9 @@ class ForkServer:
         pids = []
         for rank in range(n_ranks):
             environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            pids.append(self.start(arguments, folder / f"rank-{rank}", cache, environment=environment, seconds=150, **options))
+            pids.append(
+                self.start(arguments, folder / f"rank-{rank}", cache, environment=environment, seconds=150, **options)
+            )
         return pids
 
     def run_world(self, n_ranks: int, arguments: list[str], folder: Path, cache: Path, **options: Any) -> list[int]:
