@@ -165,6 +165,17 @@ def test_two_autoencoders_side_by_side(start, whole, divided, tmp_path):
     assert_close_run(tmp_path / "both" / variants[1], tmp_path / "alone")
 
 
+def test_relu_baselines_over_replicas(start, tiny_config, tmp_path):
+    relu = replace(
+        tiny_config,
+        model=ModelConfig(n_latents=96, activation="relu"),
+        loss=LossConfig(sparsity="l1", l1_coefficient=0.05),
+    )
+    start(relu, tmp_path / "run").ends_well()
+    train([relu], [tmp_path / "alone"])
+    assert_close_run(tmp_path / "run", tmp_path / "alone")
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_others_and_costs_the_steps_since_the_checkpoint(
     start, whole, divided, tmp_path, victim
@@ -220,14 +231,9 @@ def test_a_second_signal_ends_a_process_that_waits_for_another(start, tiny_confi
 
 def test_what_is_refused_is_said_once(start, tiny_config, tmp_path):
     run = tmp_path / "run"
-    relu = replace(
-        tiny_config,
-        model=ModelConfig(n_latents=96, activation="relu"),
-        loss=LossConfig(sparsity="l1", l1_coefficient=0.05),
-    )
     cases = [
         (replace(tiny_config, batch_tokens=99), "--batch-tokens 99 cannot be divided among 2 replicas: take 98"),
-        (relu, "ReLU baselines train in one process; 2 were launched"),
+        (sharded(replace(tiny_config, model=ModelConfig(n_latents=1, k=1))), "1 latents do not fill 2 shards"),
         (sharded(tiny_config, 3), "2 processes cannot hold replicas of 3 shards"),
     ]
     for config, expected in cases:

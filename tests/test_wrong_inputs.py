@@ -258,4 +258,4 @@ def test_a_loss_that_is_not_finite_leaves_the_good_checkpoint(refused, tiny_conf
     run = tmp_path / "run"
     refused(train_arguments(tiny_config, run), "no longer finite at step", "the checkpoint of step 10 is sound")
     assert checkpoint.steps(run) == [5, 10]
-    assert all(tensor.isfinite().all() for tensor in checkpoint.load(run, 10).tensors.values())
+    assert all(tensor.isfinite().all() for tensor in checkpoint.load(run, 10).read().values())

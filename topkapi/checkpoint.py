@@ -79,7 +79,7 @@ def save(run: Path, step: int, state: State, meta: dict[str, Any], mesh: Mesh = 
     with ExitStack() as stack:
         temporary = mesh.on_first(lambda: stack.enter_context(whole_folder(target)))
         whole = {name: _as_whole(value, mesh) for name, value in state.items()}
-        writer = dcp.FileSystemWriter(temporary)
+        writer = _Writer(temporary)
         _unwrapped(lambda: dcp.save(whole, storage_writer=writer, process_group=mesh.world, no_dist=mesh.n_ranks == 1))
         checksums = mesh.gather_objects({path.name: sha256(path) for path in temporary.glob(f"__{mesh.rank}_*")})
 
@@ -172,6 +172,18 @@ def _candidates(runs: list[Path]) -> tuple[list[int], bool]:
                 "with that version, or train again with another --run."
             )
     return common, any(list((run / "checkpoints").glob("*.damaged")) for run in runs)
+
+
+class _Writer(dcp.FileSystemWriter):
+    """One that tells of a full disk as such: torch.save buries it under an error of its own."""
+
+    def write_data(self, *arguments: Any) -> Any:
+        try:
+            return super().write_data(*arguments)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def _as_whole(value: Tensor | Rows, mesh: Mesh) -> Tensor:

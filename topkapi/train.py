@@ -141,7 +141,7 @@ class Trainer:
             subset = self.dead.subset(config.auxk.dead_after, n_tokens)
             found = topk_step(self.ae, x, self.scale, subset, config.auxk, self.working, self.mesh, config.parallel)
         else:
-            found = relu_step(self.ae, x, self.scale, config.loss)
+            found = relu_step(self.ae, x, self.scale, config.loss, self.mesh)
         self.optimizer.step_(self.ae, found.gradients, learning_rate(config.optim, step, config.n_steps))
         self.dead.count_(found.fired, n_tokens)
         self._last, self._measured = _Last(found.terms, found.l0, found.lost), None
@@ -489,10 +489,6 @@ def _check_agreement(configs: Sequence[TrainConfig], runs: Sequence[Path]) -> No
 
 def _check_mesh(config: TrainConfig, mesh: Mesh) -> None:
     """Refuse what several processes cannot do together."""
-    if mesh.n_ranks > 1 and config.model.activation == "relu":
-        raise TopkapiError(
-            f"ReLU baselines train in one process; {mesh.n_ranks} were launched. Start topkapi without torchrun."
-        )
     mesh.latents(config.model.n_latents)
     part_of_batch(config.batch_tokens, mesh)
 
