@@ -6,8 +6,8 @@ in the last shards only to begin with, gradients are clipped, and 101 latents do
 
 Seen to catch: a decoder gradient that is not summed over replicas; ties kept for the higher shard, or left open; AuxK's
 candidates not gathered, its gradients not summed over replicas, its lists of another length on each shard; latents that
-fired in another replica; the norm of one shard's gradients; the mean over a replica's tokens; pre_bias without the other
-shards' encoders; the encoder's scale from one shard's reconstruction; the share lost of one shard.
+fired in another replica; the norm of one shard's gradients; the mean over a replica's tokens; pre_bias without the
+other shards' encoders; the encoder's scale from one shard's reconstruction; the share lost of one shard.
 """
 
 import math

@@ -1,7 +1,7 @@
 """The k largest of all shards' candidates are those of a stable sort, by plain PyTorch and by the kernel.
 
-Seen to catch: ties going to higher shards, or to later candidates of a shard; one more kept than k; candidates of 0
-kept; a chunk of rows taken from the first rows; the threshold searched among the shard's own candidates alone.
+Seen to catch: ties going to higher shards, or to later candidates of a shard; equal candidates of lower shards not
+counted; one more kept than k; candidates of 0 kept; a chunk of rows taken from the first rows.
 """
 
 import sys
