@@ -243,6 +243,13 @@ def test_what_is_refused_is_said_once(start, tiny_config, tmp_path):
     assert not (run / "config.json").exists()
 
 
+@pytest.mark.parametrize("arguments", [["eval", "runs/none"], ["plan", "--gpus", "2"]], ids=lambda it: it[0])
+def test_a_command_for_one_process_says_so_once(fork_server, tiny_cache, tmp_path, arguments):
+    world = World(fork_server, tmp_path / "logs", tiny_cache, 2, arguments)
+    assert world.wait() == [2, 2]
+    assert "without torchrun" in one_line(world.said())
+
+
 def test_a_run_goes_on_in_another_number_of_processes(start, alone, divided, tiny_config, tmp_path):
     run = tmp_path / "run"
     world = start(divided, run, plan={"rank": 0, "step": 6, "signal": signal.SIGINT})

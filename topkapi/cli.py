@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
@@ -253,6 +254,10 @@ def plan_command(arguments: Sequence[str]) -> None:
         return
     if command.bench:
         raise TopkapiError("--bench goes with --measure FILE, which it makes from a bench.json.")
+    if launched():
+        raise TopkapiError(
+            "a plan is made in one process: start topkapi plan without torchrun, which is for --measure."
+        )
     from topkapi.scaling import hardware, report
     from topkapi.scaling.planner import for_picture, plans
 
@@ -328,6 +333,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "bench": bench_command,
     "plan": plan_command,
 }
+TOGETHER = ("train", "plan")  # run in several processes; plan for --measure
+SPEAKING_SECONDS = 1.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -349,6 +356,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if status:
         sys.stdout.flush()
         sys.stderr.flush()
+        if console.quiet:  # a launcher ends all when the first one ends, and rank 0 may not have spoken yet
+            time.sleep(SPEAKING_SECONDS)
         os._exit(status)
     return status
 
@@ -368,8 +377,10 @@ def _run(arguments: list[str]) -> int:
     try:
         if name not in COMMANDS:
             raise TopkapiError(f"no command {name!r}. Commands: {', '.join(COMMANDS)}.")
-        if launched() and name != "train":
-            raise TopkapiError(f"topkapi {name} runs in one process: start it without torchrun, which is for train.")
+        if launched() and name not in TOGETHER:
+            raise TopkapiError(
+                f"topkapi {name} runs in one process: start it without torchrun, which is for {' and '.join(TOGETHER)}."
+            )
         COMMANDS[name](rest)
     except TopkapiError as error:
         say(f"topkapi: {_where(error)}{error}")
