@@ -120,7 +120,9 @@ def test_a_batch_that_does_not_fit_is_cut_to_one_that_does():
     assert best.is_shortened
     assert best.job.batch_tokens % best.layout.n_replicas == 0
     assert fits(best.job, best.layout, H200)
-    assert not fits(replace(best.job, batch_tokens=int(1.2 * best.job.batch_tokens)), best.layout, H200)
+    a_replica = best.job.batch_tokens // best.layout.n_replicas
+    longer = replace(best.job, batch_tokens=int(1.2 * a_replica) * best.layout.n_replicas)
+    assert not fits(longer, best.layout, H200)
 
 
 def test_too_little_memory_is_explained():

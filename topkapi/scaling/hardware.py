@@ -97,18 +97,18 @@ H200 = Hardware(
     usable=0.92,
     cache=75_000_000,
     rates=Rates(
-        bf16_flops=692e12,
-        fp8_flops=1259e12,
-        float32_flops=692e12,  # screened in bf16; not measured
-        pre_activations=2.25e12,
+        bf16_flops=712e12,
+        fp8_flops=1390e12,
+        float32_flops=712e12,  # screened in bf16; not measured
+        pre_activations=2.18e12,
         sorted_pre_activations=1.2e11,  # torch.topk(k=32) on bf16, 131 072 wide: 8.2 ps each
-        selected=7.5e9,
-        bytes=4.26e12,
-        cached_bytes=10.7e12,
-        reduced_bytes=2.55e12,
-        sorted_pairs=1.69e10,
-        coded_parameters=2.41e11,
-        launches=2e5,
+        selected=8.12e9,
+        bytes=4.255e12,
+        cached_bytes=12.5e12,
+        reduced_bytes=4.41e12,
+        sorted_pairs=1.44e10,
+        coded_parameters=3.96e11,
+        launches=2.58e5,
     ),
     host=3e-3,
     gpus_per_node=8,
@@ -122,7 +122,7 @@ H100 = replace(
     name="H100",
     source="derived from the H200: the same chip, with memory of 3.35 instead of 4.8 TB/s and 80 instead of 141 GB",
     memory=84_900_000_000,
-    rates=replace(H200.rates, bytes=4.26e12 * 3.35 / 4.8, reduced_bytes=2.55e12 * 3.35 / 4.8),
+    rates=replace(H200.rates, bytes=H200.rates.bytes * 3.35 / 4.8, reduced_bytes=H200.rates.reduced_bytes * 3.35 / 4.8),
 )
 PRESETS = {"h100": H100, "h200": H200}
 

@@ -7,7 +7,8 @@ from topkapi.scaling.shapes import Job, Layout, Rank, rank_of
 from topkapi.scaling.step_time import AUXK_CHUNK, DENSE_AUXK_BELOW, SEGMENT, takes_kernels
 
 SAMPLE_BYTES = 2**30 + 2**27  # of sampled pre-activations, for which long batches are encoded in parts
-GROUP_BYTES = 20  # a kept group: 8 values of bf16, and where they are
+GROUP_BYTES = {"bf16": 36, "fp8": 20, "float32": 20}  # a kept group: 8 values, of float32 or bf16, and where they are
+KEPT_BYTES = 2**29 + 2**27  # of kept values at a time
 PLAIN_BYTES = 2**28  # of pre-activations at a time where torch.topk selects
 PAIR_BYTES = 40  # sorting an active latent: its key, its place, both again, and scratch
 NEXT_BATCH = "next batch"  # made while this one is trained on
@@ -71,13 +72,14 @@ def _encoding(job: Job, rank: Rank) -> int:
     if not takes_kernels(job.d_model, rank.latents, rank.candidates):
         return 2 * PLAIN_BYTES
     sampled = 2 * latents // 16
-    rows = min(rank.rows, max(128, SAMPLE_BYTES // sampled))
     groups = 64 * math.ceil(
         (285 + 3.15 * rank.candidates if job.precision == "fp8" else 240 + 2.4 * rank.candidates) / 64
     )
+    group = GROUP_BYTES[job.precision]
+    rows = min(rank.rows, max(128, min(SAMPLE_BYTES // sampled, KEPT_BYTES // (groups * (group - 4)))))
     screened = {"bf16": 0, "fp8": (latents + rows) * job.d_model, "float32": 2 * (latents + rows) * job.d_model}
     # a sixteenth of the rows may be encoded again
-    return rows * (sampled + (groups * GROUP_BYTES + 8 * rank.candidates) * 17 // 16) + screened[job.precision]
+    return rows * (sampled + (groups * group + 8 * rank.candidates) * 17 // 16) + screened[job.precision]
 
 
 def _backward(job: Job, layout: Layout, rank: Rank) -> dict[str, int]:
