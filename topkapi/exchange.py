@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from topkapi.config import ParallelConfig
-from topkapi.ops import DecodeStep, SparseRows, implementation
-from topkapi.ops.auxk import SPARSE_ENTRY_BYTES, AuxKSums, DeadWeights, chunks
+from topkapi.ops import DecodeStep, implementation
+from topkapi.ops.auxk import SPARSE_ENTRY_BYTES, AuxKSums, DeadWeights, chunks, sums_of_code
 from topkapi.parallel import Mesh
 
 LOST = 1e-3  # share of the k largest that candidates chosen from a capacity may lose, if latents are spread at random
@@ -51,26 +51,34 @@ class Rows(NamedTuple):
 def candidates(k: int, n_shards: int, capacity: float) -> int:
     """Candidates a token that each shard puts forward: its share k / n_shards times `capacity`, but never so few that
     more than LOST of the k largest would be lost, nor fewer than 2 (or k).
-
-    With the k largest spread at random a shard has X ~ Binomial(k, 1 / n_shards) of them, and the share lost is
-    n_shards E[max(X - candidates, 0)] / k.
     """
     if n_shards == 1:
         return k
-    enough, lost = 0, 1.0
-    at_most = _binomial(k, 1 / n_shards)
-    below = 0.0
-    while lost >= LOST:  # E[max(X - c - 1, 0)] = E[max(X - c, 0)] - P(X > c)
-        below += at_most[enough]
-        lost -= (1 - below) * n_shards / k
-        enough += 1
+    enough = next(c for c, lost in enumerate(truncation_losses(k, n_shards)) if lost < LOST)
     return min(max(math.floor(capacity * k / n_shards), enough, 2), k)
 
 
-def _binomial(k: int, share: float) -> list[float]:
-    """Probabilities of 0 to k successes in k trials."""
-    log_choices = [math.lgamma(k + 1) - math.lgamma(i + 1) - math.lgamma(k - i + 1) for i in range(k + 1)]
-    return [math.exp(log_choices[i] + i * math.log(share) + (k - i) * math.log1p(-share)) for i in range(k + 1)]
+@lru_cache
+def truncation_losses(k: int, n_shards: int) -> tuple[float, ...]:
+    """Share of the k largest latents that is lost if each shard puts c of them forward at most, for c = 0 to k.
+
+        n_shards E[max(X - c, 0)] / k,    X ~ Binomial(k, 1 / n_shards)
+
+    That is where latents are spread over shards at random. The truncation: Gao et al. 2024, appendix D.2.
+    """
+    if n_shards == 1:
+        return tuple(1 - c / k for c in range(k + 1))
+    p, more, losses = 1 / n_shards, 0.0, [0.0]  # more: the chance that X > c
+    for hits in range(k, 0, -1):
+        more += math.exp(
+            math.lgamma(k + 1)
+            - math.lgamma(hits + 1)
+            - math.lgamma(k - hits + 1)
+            + hits * math.log(p)
+            + (k - hits) * math.log1p(-p)
+        )
+        losses.append(losses[-1] + n_shards / k * more)
+    return tuple(reversed(losses))
 
 
 def candidates_of(k: int, n_latents: int, n_shards: int, config: ParallelConfig) -> int:
@@ -226,17 +234,9 @@ def _auxk_part(
     n_candidates: int,
     mesh: Mesh,
 ) -> AuxKSums:
-    primitives, m = implementation(centred), len(weights.W_enc)
     values, indices = select(centred, weights.W_enc, weights.bias, weights.k, n_candidates, mesh)
     recon = _summed_recon(values, indices, weights.W_dec, mesh)
     own = _own(grad_recon, recon, mesh)
-    squared_error = primitives.residual_gradient_(recon[: len(own)], own, inverse_scale, factor)
+    squared_error = implementation(centred).residual_gradient_(recon[: len(own)], own, inverse_scale, factor)
     grad = mesh.gather(recon.to(centred.dtype), "shards")[: len(centred)]
-    grad_values = primitives.matmul_at_sparse_indices(grad, weights.W_dec, indices).mul_(values > 0)
-    order = primitives.order_by_latent(indices, m)
-    return AuxKSums(
-        squared_error=squared_error.sum(),
-        W_enc=SparseRows(grad_values, order, centred).dense(),
-        W_dec=SparseRows(values, order, grad).dense(),
-        latent_bias=primitives.latent_sums(grad_values, order, m),
-    )
+    return sums_of_code(weights, centred, values, indices, grad, squared_error)

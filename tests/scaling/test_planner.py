@@ -11,7 +11,7 @@ import torch
 from topkapi.config import OptimConfig
 from topkapi.dead import DeadCounter
 from topkapi.errors import TopkapiError
-from topkapi.exchange import candidates
+from topkapi.exchange import candidates, truncation_losses
 from topkapi.model import PARAMETERS, Autoencoder
 from topkapi.optim import Optimizer
 from topkapi.scaling.hardware import H100, H200, Link
@@ -19,7 +19,6 @@ from topkapi.scaling.memory import fits, memory, total, weights_and_state
 from topkapi.scaling.planner import Search, for_picture, plan, plans
 from topkapi.scaling.shapes import Job, Layout, rank_of
 from topkapi.scaling.step_time import Path, collective_seconds, path_of, step_time
-from topkapi.scaling.truncation import truncation_losses
 from topkapi.scaling.volumes import Volume
 
 PAPER = Job(n_latents=2**24, d_model=12_288, k=256, batch_tokens=131_072)

@@ -25,7 +25,7 @@ from topkapi.model import Autoencoder, Working
 from topkapi.ops import reference
 from topkapi.ops.auxk import DeadWeights, auxk_gradients
 from topkapi.ops.dispatch import implementation
-from topkapi.ops.normalise import normalise
+from topkapi.ops.normalise import centre, normalise
 from topkapi.optim import Optimizer
 
 LR = 1e-7
@@ -172,7 +172,7 @@ class Workload:
         batch, pairs, weights = n * d * size, n * case.k, case.n_latents * d
         x = self.normalise(raw)
         ops = implementation(x)
-        centred = (x - ae.pre_bias.detach()).to(x.dtype)
+        centred = centre(x, ae.pre_bias.detach(), x.dtype)
         values, indices = self.encode(centred)
         scale = 2 * self.scale / (n * d)
         decoded = ops.decode_step(values, indices, working.W_dec, centred, scale)
@@ -255,7 +255,7 @@ class Workload:
     @torch.no_grad()
     def check(self) -> Checked:
         """Encode a batch and look at what came out."""
-        centred = (self.normalise(self.raw[0]) - self.ae.pre_bias.detach()).to(self.working.W_enc.dtype)
+        centred = centre(self.normalise(self.raw[0]), self.ae.pre_bias.detach(), self.working.W_enc.dtype)
         values, indices = self.encode(centred)
         counts = torch.bincount(indices[values > 0], minlength=self.case.n_latents)
         densities = (counts[self.planted.dense] / len(values)).tolist()

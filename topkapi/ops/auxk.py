@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from topkapi.ops.autograd import SparseRows
@@ -126,11 +126,23 @@ def _sparse(
     inverse_scale: float,
     factor: Float[Tensor, ""],
 ) -> AuxKSums:
-    primitives = implementation(centred)
-    m, no_pre_bias = len(weights.W_enc), torch.zeros_like(centred[0])
+    primitives, no_pre_bias = implementation(centred), torch.zeros_like(centred[0])
     values, indices = primitives.encode_topk(centred, weights.W_enc, weights.bias, no_pre_bias, weights.k)
     grad = primitives.dense_sparse_matmul(values, indices, weights.W_dec)
     squared_error = primitives.residual_gradient_(grad, grad_recon, inverse_scale, factor)
+    return sums_of_code(weights, centred, values, indices, grad, squared_error)
+
+
+def sums_of_code(
+    weights: DeadWeights,
+    centred: Float[Tensor, "c d_model"],
+    values: Float[Tensor, "c k"],
+    indices: Int[Tensor, "c k"],
+    grad: Float[Tensor, "c d_model"],
+    squared_error: Float[Tensor, " part"],
+) -> AuxKSums:
+    """Gradients of a sparse code of the dead latents, from `grad`, that of its reconstruction."""
+    primitives, m = implementation(centred), len(weights.W_enc)
     grad_values = primitives.matmul_at_sparse_indices(grad, weights.W_dec, indices).mul_(values > 0)
     order = primitives.order_by_latent(indices, m)
     return AuxKSums(

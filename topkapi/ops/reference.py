@@ -181,9 +181,7 @@ def _first_of_equals(
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
     """`_top_k` of rows whose k-th largest value is `edge`, by counting."""
     above = ~(pre_acts <= edge)  # not a number counts as above, as it does in `torch.topk`
-    room = k - above.sum(1, keepdim=True)
-    equal = pre_acts == edge
-    keep = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= room))
+    keep = _with_first_equals(above, pre_acts == edge, k)
     columns = keep.nonzero()[:, 1].view(-1, k)
     values, order = pre_acts.gather(1, columns).sort(dim=1, descending=True, stable=True)
     return values, columns.gather(1, order)
@@ -220,10 +218,13 @@ def keep_largest(
 def _among_largest(values: Float[Tensor, "n m"], k: int) -> Bool[Tensor, "n m"]:
     """Which entries of a row are above 0 and among the k largest; of equal ones the first."""
     edge = values.topk(min(k, values.shape[1])).values[:, -1:]
-    above = values > edge
-    equal = values == edge
+    return _with_first_equals(values > edge, values == edge, k) & (values > 0)
+
+
+def _with_first_equals(above: Bool[Tensor, "n m"], equal: Bool[Tensor, "n m"], k: int) -> Bool[Tensor, "n m"]:
+    """The entries above a row's edge, and the first of those equal to it, k in all."""
     room = k - above.sum(1, keepdim=True)
-    return (above | (equal & (equal.cumsum(1, dtype=torch.int32) <= room))) & (values > 0)
+    return above | (equal & (equal.cumsum(1, dtype=torch.int32) <= room))
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Bytes that a GPU holds at the fullest moment of a step."""
 
 import math
+from dataclasses import replace
 
 from topkapi.scaling.hardware import Hardware
 from topkapi.scaling.shapes import Job, Layout, Rank, rank_of
@@ -53,8 +54,6 @@ def fits(job: Job, layout: Layout, gpu: Hardware) -> bool:
 
 def largest_batch(job: Job, layout: Layout, gpu: Hardware) -> int:
     """Tokens of the longest step that fits, at most those of the job; 0 if the weights alone do not."""
-    from dataclasses import replace
-
     low, high = 0, job.batch_tokens // layout.n_replicas  # in tokens of a replica
     while low < high:
         middle = (low + high + 1) // 2

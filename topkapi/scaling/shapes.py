@@ -6,8 +6,7 @@ from typing import Literal
 
 from topkapi.config import AuxKConfig, ParallelConfig, TrainConfig
 from topkapi.errors import TopkapiError
-from topkapi.exchange import auxk_candidates_of, candidates_of, cheaper_exchange
-from topkapi.scaling.truncation import truncation_losses
+from topkapi.exchange import auxk_candidates_of, candidates_of, cheaper_exchange, truncation_losses
 
 Precision = Literal["float32", "bf16", "fp8"]
 State = Literal["float32", "low_memory"]
