@@ -16,11 +16,11 @@ from torch import nn
 from topkapi import Autoencoder
 from topkapi.config import AuxKConfig, OptimConfig
 from topkapi.dead import DeadCounter
-from topkapi.gradients import topk_step
 from topkapi.loss import mse_scale
 from topkapi.model import Working
 from topkapi.ops.normalise import normalise
 from topkapi.optim import Optimizer
+from topkapi.step import topk_step
 
 
 def random_autoencoder(n_latents: int, d_model: int, k: int, encoder_scale: float) -> Autoencoder:
@@ -50,7 +50,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     ae = random_autoencoder(options.n_latents, options.d_model, options.k, encoder_scale=0.1)
-    working = Working.of(ae, options.precision)
+    working = Working(ae, options.precision)
     optimizer = Optimizer(ae, OptimConfig(lr=options.lr, ema_decay=0.0, state="low_memory"), working)
     counter, auxk = DeadCounter(options.n_latents, "cuda"), AuxKConfig(auxk=512)
     directions = torch.randn(20_000, options.d_model, device="cuda")

@@ -1,7 +1,7 @@
 """The sparse operations of a TopK autoencoder: the one door to their implementations.
 
 `encode_topk`, `dense_sparse_matmul` and `matmul_at_sparse_indices` are differentiable. The rest are the pieces a
-hand-written training step is made of (`topkapi.gradients`), under `implementation(tensor)`. Functions of tensors only:
+hand-written training step is made of (`topkapi.step`), under `implementation(tensor)`. Functions of tensors only:
 no module, no settings. CUDA tensors go to Triton kernels, others to plain PyTorch (`topkapi.ops.dispatch`).
 """
 
