@@ -164,23 +164,23 @@ def decode(
     primitives, n = implementation(centred), len(centred)
     if mesh.n_shards == 1:
         return primitives.decode_step(values, indices, W_dec, centred, scale)
-    pieces = list(_pieces(n, mesh.n_shards, PIECES[centred.device.type]))
-    summed = [_start_recon(values[rows], indices[rows], W_dec, mesh) for rows in pieces]
+    parts = list(pieces(n, mesh.n_shards, PIECES[centred.device.type]))
+    summed = [_start_recon(values[rows], indices[rows], W_dec, mesh) for rows in parts]
     grads, squares = [], []
-    for rows, finish in zip(pieces, summed, strict=True):
+    for rows, finish in zip(parts, summed, strict=True):
         error = finish()
         own = _own(centred[rows], error, mesh)
         error[: len(own)] -= own  # rows beyond are padding, and 0
         squares.append(error.pow(2).sum(1))
         grads.append(mesh.start_gather(error.mul_(scale).to(centred.dtype), "shards"))
     grad_recon, grad_values = torch.empty_like(centred), []
-    for rows, finish in zip(pieces, grads, strict=True):
+    for rows, finish in zip(parts, grads, strict=True):
         grad_recon[rows] = finish()[: len(centred[rows])]
         grad_values.append(primitives.matmul_at_sparse_indices(grad_recon[rows], W_dec, indices[rows]))
     return DecodeStep(torch.cat(squares), grad_recon, torch.cat(grad_values).mul_(values > 0))
 
 
-def _pieces(n: int, n_shards: int, n_pieces: int) -> Iterator[slice]:
+def pieces(n: int, n_shards: int, n_pieces: int) -> Iterator[slice]:
     """Parts of n tokens, of which all but the last are multiples of the shards; one empty part of none."""
     size = max(-(-n // (n_pieces * n_shards)), -(-FEWEST // n_shards)) * n_shards
     return (slice(start, min(start + size, n)) for start in range(0, max(n, 1), size))

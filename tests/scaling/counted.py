@@ -23,10 +23,13 @@ from topkapi.step import topk_step
 SIZES = {"n_latents": 90, "d_model": 16, "k": 6, "batch_tokens": 44}
 AUXK, N_DEAD = 5, 12
 MESHES = ((1, 2), (2, 1), (2, 2))  # replicas, shards
+MICRO = 7  # tokens of a micro-batch, so that the last is shorter
 CASES = [
-    {"mesh": mesh, "exchange": exchange, "selection": selection, "dead": dead, "precision": precision}
+    {"mesh": mesh, "exchange": exchange, "micro": micro, "selection": selection, "dead": dead, "precision": precision}
     for mesh in MESHES
-    for exchange in (("sparse", "dense") if mesh[0] > 1 else ("auto",))
+    for exchange, micro in (
+        (("sparse", 0), ("dense", 0), ("auto", MICRO)) if mesh[0] > 1 else (("auto", 0), ("auto", MICRO))
+    )
     for selection in (("exact", "capacity") if mesh[1] > 1 else ("exact",))
     for dead, precision in ((False, "float32"), (True, "float32"), (True, "bf16"))
 ]
@@ -53,7 +56,12 @@ def bytes_of_a_step(mesh: Mesh, case: dict, counts: Counter) -> dict[str, int]:
     working = Working(ae, case["precision"], mesh)
     optimizer = Optimizer(ae, OptimConfig(lr=1e-4, ema_decay=0.0), working, mesh)
     counter, config = DeadCounter(len(working.latent_bias), mesh=mesh), AuxKConfig(auxk=AUXK, dead_after=10**6)
-    parallel = ParallelConfig(shards=mesh.n_shards, selection=case["selection"], exchange=case["exchange"])
+    parallel = ParallelConfig(
+        shards=mesh.n_shards,
+        selection=case["selection"],
+        exchange=case["exchange"],
+        micro_batch_tokens=case["micro"],
+    )
     rows = batch_tokens // mesh.n_replicas
     x = torch.randn(batch_tokens, d_model, generator=torch.Generator().manual_seed(0)) / 4
     x = x[mesh.replica * rows : (mesh.replica + 1) * rows].to(working.W_enc.dtype)

@@ -3,6 +3,8 @@
 Seen to fail when: rows are not padded to a multiple of the shards.
 """
 
+from dataclasses import replace
+
 import pytest
 
 from topkapi.errors import TopkapiError
@@ -55,10 +57,32 @@ def test_fewer_candidates_with_capacity():
 
 def test_replicas_exchange_rows_and_codes_or_dense_gradients():
     sparse = payloads(JOB, n_replicas=3, exchange="sparse")
-    assert sparse["replicas: activations, gradients"] == 2 * 20 * 16 * 4
-    assert sparse["replicas: active latents"] == 3 * 20 * 8 * 4
+    assert sparse["replicas: activations"] == 20 * 16 * 4
+    assert sparse["replicas: active latents"] == 2 * 20 * 8 * 4
+    assert sparse["replicas: gradients"] == 20 * 16 * 4 + 20 * 8 * 4
+    assert sparse["replicas: latents that fired"] == 334
     dense = payloads(JOB, n_replicas=3, exchange="dense")
-    assert dense["replicas: W_enc's gradient"] == dense["replicas: W_dec's gradient"] == 1000 * 16 * 4
+    assert dense["replicas: W_enc's gradient"] == dense["replicas: W_dec's gradient"] == 3 * 334 * 16 * 4
+    assert dense["replicas: latent_bias, fired"] == 1000 * (4 + 4)
+
+
+def test_owners_send_what_they_have_changed():
+    for exchange in ("sparse", "dense"):
+        found = payloads(JOB, n_replicas=3, exchange=exchange)
+        assert found["replicas: W_enc"] == 334 * 16 * 4
+        assert found["replicas: W_dec, latent_bias"] == 334 * 16 * 4 + 334 * 4
+        in_bf16 = payloads(replace(JOB, precision="bf16"), n_replicas=3, exchange=exchange)
+        assert in_bf16["replicas: W_enc"] == 334 * 16 * 2
+
+
+def test_micro_batches_add_up_gradients_before_they_travel():
+    """20 tokens of a replica are 8, 8 and 4; two shards pad neither."""
+    layout = {"n_replicas": 3, "n_shards": 2, "micro_batch_tokens": 8}
+    whole, parts = payloads(JOB, **layout | {"micro_batch_tokens": 0}, exchange="dense"), payloads(JOB, **layout)
+    assert parts == whole
+    calls = {volume.name: volume.calls for volume in volumes(JOB, Layout(**layout))}
+    assert calls["candidates' values"] == calls["reconstruction"] == 3
+    assert payloads(JOB, n_shards=7, micro_batch_tokens=9)["reconstruction"] == (6 * 14 + 7) * 16 * 4
 
 
 def test_the_exchange_with_fewer_bytes_is_chosen():
@@ -92,13 +116,14 @@ def test_what_a_process_sends():
 def test_payloads_add_up_by_group():
     found = by_group(volumes(JOB, Layout(n_shards=2, n_replicas=2)))
     assert found["shards", "scatter_sum"] == 30 * 16 * 4
-    assert found["all", "gather"] == 15 * 16 * 2 + 16
+    assert found["all", "gather"] == 15 * 16 * 2 + 16 * 4 + 16
 
 
 @pytest.mark.parametrize(
     ("layout", "said"),
     [
         ({"n_shards": 1001}, "1,000 latents do not fill 1001 shards"),
+        ({"n_shards": 50, "n_replicas": 30}, "1,000 latents on 50 shards do not fill 30 replicas"),
         ({"n_replicas": 7}, "60 tokens cannot be divided among 7 replicas"),
     ],
 )

@@ -6,6 +6,7 @@ from dataclasses import replace
 from topkapi.scaling.hardware import Hardware
 from topkapi.scaling.shapes import Job, Layout, Rank, rank_of
 from topkapi.scaling.step_time import AUXK_CHUNK, DENSE_AUXK_BELOW, SEGMENT, takes_kernels
+from topkapi.step import ADDED_ROWS
 
 SAMPLE_BYTES = 2**30 + 2**27  # of sampled pre-activations, for which long batches are encoded in parts
 GROUP_BYTES = {"bf16": 36, "fp8": 20, "float32": 20}  # a kept group: 8 values, of float32 or bf16, and where they are
@@ -16,15 +17,21 @@ NEXT_BATCH = "next batch"  # made while this one is trained on
 SMALL = 2**25  # what is too small to be listed
 
 
-def weights_and_state(job: Job, latents: int) -> dict[str, int]:
-    """Bytes of the parameters of some latents and all that is kept beside them from step to step."""
-    parameters, biases = 2 * latents * job.d_model, latents + job.d_model
-    low = job.state == "low_memory"
+def weights_and_state(job: Job, latents: int, owned: int | None = None) -> dict[str, int]:
+    """Bytes of the parameters of some latents and all that is kept beside them from step to step.
+
+    Of the `latents` of a shard a replica owns `owned`, by default all: what is computed with exists for all of them,
+    the rest for its own. Weights that are computed with as they are have no copies.
+    """
+    owned = latents if owned is None else owned
+    low, is_copied = job.state == "low_memory", job.precision != "float32" and job.state != "low_memory"
+    held, trained = 2 * latents * job.d_model, 2 * owned * job.d_model
+    biases = owned + job.d_model
     found = {
-        "weights": parameters * (2 if low else 4) + 4 * biases,
-        "moments": parameters * (2 if low else 8) + 8 * biases + (16 * latents if low else 0),
-        "average": 4 * (parameters + biases) if job.ema else 0,
-        "working copies": 2 * parameters if job.precision != "float32" and not low else 0,
+        "weights": (4 * trained if is_copied else job.itemsize * held) + 4 * (latents + job.d_model),
+        "moments": trained * (2 if low else 8) + 8 * biases + (16 * owned if low else 0),
+        "average": 4 * (trained + biases) if job.ema else 0,
+        "working copies": 2 * held if is_copied else 0,
         "silence of latents": 8 * latents,
     }
     return {name: size for name, size in found.items() if size}
@@ -36,8 +43,8 @@ def memory(job: Job, layout: Layout) -> dict[str, int]:
     encoding, backward = _encoding(job, rank), _backward(job, layout, rank)
     step = {"encoder's scratch": encoding} if encoding > sum(backward.values()) else backward
     raw = 2 * rank.rows * job.d_model
-    batch = raw + 2 * rank.rows * job.d_model * job.itemsize + 12 * rank.rows * rank.candidates
-    kept = weights_and_state(job, rank.latents)
+    batch = raw + (rank.rows + rank.micro_rows) * job.d_model * job.itemsize + 12 * rank.micro_rows * rank.candidates
+    kept = weights_and_state(job, rank.latents, rank.owned_latents)
     lists = 2 * 8 * rank.latents  # of what may be dead, made ahead
     return {**kept, "batch": batch, NEXT_BATCH: raw, **step, "small things": lists + SMALL}
 
@@ -75,37 +82,45 @@ def _encoding(job: Job, rank: Rank) -> int:
         (285 + 3.15 * rank.candidates if job.precision == "fp8" else 240 + 2.4 * rank.candidates) / 64
     )
     group = GROUP_BYTES[job.precision]
-    rows = min(rank.rows, max(128, min(SAMPLE_BYTES // sampled, KEPT_BYTES // (groups * (group - 4)))))
+    rows = min(rank.micro_rows, max(128, min(SAMPLE_BYTES // sampled, KEPT_BYTES // (groups * (group - 4)))))
     screened = {"bf16": 0, "fp8": (latents + rows) * job.d_model, "float32": 2 * (latents + rows) * job.d_model}
     # a sixteenth of the rows may be encoded again
     return rows * (sampled + (groups * group + 8 * rank.candidates) * 17 // 16) + screened[job.precision]
 
 
 def _backward(job: Job, layout: Layout, rank: Rank) -> dict[str, int]:
-    d, size, rows = job.d_model, job.itemsize, rank.rows
-    replicas = layout.n_replicas if rank.exchange == "sparse" else 1
+    d, size, rows = job.d_model, job.itemsize, rank.micro_rows
+    replicas = 1 if rank.sums else layout.n_replicas
     pairs = rows * replicas * rank.candidates
     found = {
         "gradients of codes": 4 * rows * rank.candidates + PAIR_BYTES * pairs,
         "gradient of recon": rows * d * size,
     }
     if layout.n_shards > 1:
-        found["sums over shards"] = rows * (4 * d + 4 * rank.candidates * layout.n_shards) + 2 * 4 * rank.owned_rows * d
+        own = -(-rows // layout.n_shards)
+        found["sums over shards"] = rows * (4 * d + 4 * rank.candidates * layout.n_shards) + 2 * 4 * own * d
     if replicas > 1:
         found["other replicas' batch"] = replicas * rows * (2 * d * size + 12 * rank.candidates)
-    if rank.exchange == "dense":
-        found["dense gradients"] = 8 * rank.latents * d
+    if rank.sums:
+        found["dense gradients"] = _sums(job, layout, rank)
     if rank.auxk_candidates and rank.dead:
         found["AuxK"] = _auxk(job, layout, rank)
     return found
 
 
+def _sums(job: Job, layout: Layout, rank: Rank) -> int:
+    """Dense gradients, what replicas get of their sum, and what is to be added of a micro-batch."""
+    numbers = 2 * layout.n_replicas * rank.owned_latents + (2 * rank.owned_latents if layout.n_replicas > 1 else 0)
+    block = min(rank.latents, ADDED_ROWS) if rank.n_micro_batches > 1 else 0
+    return 4 * job.d_model * (numbers + block)
+
+
 def _auxk(job: Job, layout: Layout, rank: Rank) -> int:
     """Rows of the dead latents, their gradients, and a chunk's pre-activations."""
-    d, size, dead, k = job.d_model, job.itemsize, rank.dead, rank.auxk_candidates
+    d, size, dead, k, n = job.d_model, job.itemsize, rank.dead, rank.auxk_candidates, rank.micro_rows
     rows = dead * d * (2 * size + 16)
     is_dense = dead <= DENSE_AUXK_BELOW * k
     if layout.n_shards == 1:
-        return rows + min(2 * rank.rows * dead * size if is_dense else rank.rows * k * 64, AUXK_CHUNK)
+        return rows + min(2 * n * dead * size if is_dense else n * k * 64, AUXK_CHUNK)
     row_bytes = k * (64 + 4 * layout.n_shards) + 8 * d
-    return rows + min(rank.rows * row_bytes, AUXK_CHUNK)
+    return rows + min(n * row_bytes, AUXK_CHUNK)

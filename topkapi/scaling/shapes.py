@@ -70,6 +70,8 @@ class Layout:
     candidates: int = 0
     """Latents that a shard offers for a token's k; 0: chosen."""
     exchange: Exchange | Literal["auto"] = "auto"
+    micro_batch_tokens: int = 0
+    """Tokens of a replica that a step goes through at a time; 0: all."""
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -80,6 +82,7 @@ class Layout:
             capacity=self.capacity,
             candidates=self.candidates if self.selection == "capacity" else 0,
             exchange=self.exchange,
+            micro_batch_tokens=self.micro_batch_tokens,
         )
 
     @property
@@ -94,10 +97,12 @@ class Rank:
 
     rows: int
     """Tokens that its replica reads in a step."""
-    owned_rows: int
-    """Of these, the tokens whose error it computes; the shards of a replica divide them."""
+    micro_rows: int
+    """Of these, the tokens that a step goes through at a time."""
     latents: int
     """Latents of its shard."""
+    owned_latents: int
+    """Of these, the latents whose parameters and state it has; the replicas of a shard divide them."""
     candidates: int
     """Latents that it offers for each token."""
     active: float
@@ -113,17 +118,39 @@ class Rank:
     exchange: Exchange | Literal["none"]
     """What replicas exchange."""
 
+    @property
+    def micro_batches(self) -> list[tuple[int, int]]:
+        """The micro-batches of a step, as (tokens, how many of them)."""
+        whole, left = divmod(self.rows, self.micro_rows)
+        return [(self.micro_rows, whole)] + ([(left, 1)] if left else [])
+
+    @property
+    def n_micro_batches(self) -> int:
+        """How many there are."""
+        return -(-self.rows // self.micro_rows)
+
+    @property
+    def sums(self) -> bool:
+        """Whether dense gradients are added up, over micro-batches or replicas."""
+        return self.exchange == "dense" or self.n_micro_batches > 1
+
 
 def rank_of(job: Job, layout: Layout) -> Rank:
     """The sizes of a layout.
 
     Raises:
-        TopkapiError: more shards than latents, or replicas that do not divide the batch.
+        TopkapiError: processes without latents, or replicas that do not divide the batch.
     """
     latents = -(-job.n_latents // layout.n_shards)
     if (layout.n_shards - 1) * latents >= job.n_latents:
         raise TopkapiError(
             f"{job.n_latents:,} latents do not fill {layout.n_shards} shards: plan for fewer GPUs, or more latents."
+        )
+    last = job.n_latents - (layout.n_shards - 1) * latents
+    if (layout.n_replicas - 1) * -(-last // layout.n_replicas) >= last:
+        raise TopkapiError(
+            f"{job.n_latents:,} latents on {layout.n_shards} shards do not fill {layout.n_replicas} replicas: plan for "
+            "fewer GPUs, or more latents."
         )
     if job.batch_tokens % layout.n_replicas:
         raise TopkapiError(
@@ -136,8 +163,9 @@ def rank_of(job: Job, layout: Layout) -> Rank:
     offered = candidates_of(job.k, job.n_latents, layout.n_shards, layout.parallel)
     return Rank(
         rows=rows,
-        owned_rows=-(-rows // layout.n_shards),
+        micro_rows=min(layout.micro_batch_tokens or rows, rows),
         latents=latents,
+        owned_latents=-(-latents // layout.n_replicas),
         candidates=offered,
         active=float(min(offered, job.k / layout.n_shards)),
         dead=dead,
@@ -151,6 +179,8 @@ def rank_of(job: Job, layout: Layout) -> Rank:
 def _exchange(job: Job, layout: Layout, rows: int, latents: int, offered: int) -> Exchange | Literal["none"]:
     if layout.n_replicas == 1:
         return "none"
+    if 0 < layout.micro_batch_tokens < rows:
+        return "dense"
     if layout.exchange != "auto":
         return layout.exchange
     return cheaper_exchange(layout.n_replicas, rows, latents, job.d_model, offered, job.itemsize)

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from topkapi.scaling.hardware import Hardware, Link
 from topkapi.scaling.shapes import Job, Layout, Rank, rank_of
-from topkapi.scaling.volumes import Volume, auxk_rows, volumes
+from topkapi.scaling.volumes import Beside, Volume, auxk_rows, n_pieces, volumes
+from topkapi.step import ADDED_ROWS
 
 Number = int | float
 Amounts = dict[str, Number]
@@ -25,6 +26,8 @@ LARGEST_K = 256  # that they select; for more, and for small dictionaries, the m
 RESCORED = {"float32": 2.0, "bf16": 1.4 / 16, "fp8": 2.0}  # candidates per latent kept; in bf16 the sample's alone
 DENSE_AUXK_BELOW = 256  # dead latents per auxk
 SHORT_MESSAGE, FASTER_HOPS = 2**16, 4  # bytes that NCCL sends with its protocol of low latency (LL), and what it gains
+WRITTEN, ADDED = 4, 16  # bytes of a dense gradient's number in the first micro-batch, and in each further one
+OTHERS = 30  # bytes moved for each active latent to tell those of other owners apart
 AUXK_CHUNK = 2**30  # bytes of dead latents' pre-activations and their gradients at a time
 
 NORMALISE = "normalise"
@@ -81,19 +84,36 @@ class StepTime:
 
 def step_time(job: Job, layout: Layout, gpu: Hardware) -> StepTime:
     """The step of a layout on GPUs of one kind."""
-    own = compute(job, layout, rank_of(job, layout), gpu.cache)
+    rank = rank_of(job, layout)
+    own = compute(job, layout, rank, gpu.cache)
     seconds = {name: cost(amounts, gpu) for name, amounts in own.items()}
     parts = [Part(name, value) for name, value in seconds.items()]
-    found = volumes(job, layout)
-    rank = rank_of(job, layout)
-    # activations come while steps before are trained; W_enc's gradient travels while W_dec's is formed, and both
-    # while the biases' are
-    formed = _reduction(job, rank, rank.rows * rank.active, rank.rows, gpu.cache)
-    behind = {"all": math.fsum(seconds.values()), "replicas": (cost(formed, gpu) + seconds[BIASES]) / 2, "shards": 0.0}
-    parts += [_collective(volume, layout, gpu, behind[volume.group]) for volume in found]
+    found, left = volumes(job, layout), _beside(job, layout, rank, seconds, gpu)
+    for volume in found:
+        part = _collective(volume, layout, gpu, left.get(volume.beside, 0.0))
+        if volume.beside:
+            left[volume.beside] -= part.hidden
+        parts.append(part)
     launches = sum(amounts.get("launches", 0) for amounts in own.values()) + sum(volume.calls for volume in found)
     base = sum(one.get("launches", 0) for one in compute(ONE_GPU, Layout(), rank_of(ONE_GPU, Layout()), 1).values())
     return StepTime(parts, gpu.host * launches / base)
+
+
+def _beside(job: Job, layout: Layout, rank: Rank, seconds: Mapping[str, float], gpu: Hardware) -> dict[Beside, float]:
+    """Seconds of what is computed while something travels."""
+    rows, n = rank.micro_rows, rank.n_micro_batches
+    reduced = _reduction(job, layout, rank, rows, gpu.cache)
+    if rank.sums:
+        reduced = added(reduced, {"bytes": (ADDED if n > 1 else WRITTEN) * rank.latents * job.d_model})
+    return {
+        "step": math.fsum(seconds.values()),
+        "pieces": seconds[DECODE] / 2,
+        "latent gradients": seconds[DECODE] / 2,
+        "decoding": seconds[DECODE],
+        "sorting": seconds[SORT],
+        "reducing": cost(reduced, gpu) + seconds[BIASES] / n,
+        "updating": seconds[UPDATE] / 2,
+    }
 
 
 ONE_GPU = Job(n_latents=131_072, d_model=768, k=32, batch_tokens=65_536)  # whose host time `Hardware.host` is
@@ -106,23 +126,30 @@ def cost(amounts: Mapping[str, Number], gpu: Hardware) -> float:
 
 def compute(job: Job, layout: Layout, rank: Rank, cache: int) -> dict[str, Amounts]:
     """The amounts of each part that a GPU computes itself, in order."""
-    d, size, rows = job.d_model, job.itemsize, rank.rows
-    # with the sparse exchange every replica forms the gradients of the whole batch
-    reduced_rows = rows * (layout.n_replicas if rank.exchange == "sparse" else 1)
-    entries, pairs = reduced_rows * rank.candidates, reduced_rows * rank.active
-    weights = rank.latents * d
+    found: dict[str, Amounts] = {}
+    for rows, times in rank.micro_batches:
+        for name, amounts in _micro_batch(job, layout, rank, rows, cache).items():
+            more = {what: times * amount for what, amount in amounts.items()}
+            found[name] = added(found.get(name, {}), more)
+    found[UPDATE] = added(found[UPDATE], _update(job, rank))
+    return found
+
+
+def _micro_batch(job: Job, layout: Layout, rank: Rank, rows: int, cache: int) -> dict[str, Amounts]:
+    """What is computed of some tokens."""
+    d, size = job.d_model, job.itemsize
     found = {
         NORMALISE: {"bytes": 2 * rows * d * size, "launches": 2},
         ENCODE: _encode(job, rows, rank.latents, rank.candidates, cache),
     }
     if layout.n_shards > 1:
         found[KEEP] = _keep(rows, rank.candidates, layout.n_shards)
-    found[DECODE] = _decode(job, layout, rank, cache)
-    found[SORT] = {"sorted_pairs": entries, "launches": 16}
-    found[BIASES] = {"reduced_bytes": weights * size, "bytes": 64 * entries, "launches": 12}  # sectors of 32 bytes
-    found[UPDATE] = _update(job, rank, pairs, reduced_rows, cache)
+    found[DECODE] = _decode(job, layout, rank, rows, cache)
+    found[SORT], found[BIASES] = _sort(job, layout, rank, rows)
+    reduced = _reduction(job, layout, rank, rows, cache)
+    found[UPDATE] = added(reduced, reduced)
     if rank.auxk_candidates and rank.dead:
-        found[AUXK] = _auxk(job, layout, rank, cache)
+        found[AUXK] = _auxk(job, layout, rank, rows, cache)
     found[REST] = {"bytes": 3 * rows * d * size + 8 * rows * rank.candidates + 24 * rank.latents, "launches": 40}
     return found
 
@@ -168,38 +195,57 @@ def _keep(rows: int, offered: int, n_shards: int) -> Amounts:
     return {"bytes": 3 * 4 * values + 24 * rows * offered, "launches": 2}
 
 
-def _decode(job: Job, layout: Layout, rank: Rank, cache: int) -> Amounts:
+def _decode(job: Job, layout: Layout, rank: Rank, rows: int, cache: int) -> Amounts:
     """One pass over a token's decoder rows; with shards two, as the sum over shards lies between them."""
-    d, size, rows = job.d_model, job.itemsize, rank.rows
+    d, size = job.d_model, job.itemsize
     once = gathered(rows * rank.active, d * size, rank.latents * d * size, cache)
     codes = 16 * rows * rank.candidates
     if layout.n_shards == 1:
         return added(once, {"bytes": 2 * rows * d * size + codes, "launches": 4})
-    partial, own = 4 * rows * d, rank.owned_rows * d * (4 + 2 * size)
-    return added(once, once, {"bytes": partial + own + rows * d * size + codes, "launches": 10})
+    own = -(-rows // layout.n_shards) * d * (34 + size)  # the error, its squares, and the gradient made of it
+    moved = {"bytes": (4 + 3 * size) * rows * d + own + codes, "launches": 10 * n_pieces(rows, layout)}
+    return added(once, once, moved)
 
 
-def _update(job: Job, rank: Rank, pairs: Number, rows: int, cache: int) -> Amounts:
-    """Both weights' rows reduced over the pairs, and updated: state read and written once."""
-    parameters = 2 * rank.latents * job.d_model
+def _sort(job: Job, layout: Layout, rank: Rank, rows: int) -> tuple[Amounts, Amounts]:
+    """The sort by latent, and what is found from it alone. Of all replicas' pairs an owner sorts all and sums its own.
+
+    The biases' gradients read sectors of 32 bytes.
+    """
+    d, size, pairs = job.d_model, job.itemsize, rows * rank.candidates
+    if rank.sums or layout.n_replicas == 1:
+        own = {"reduced_bytes": rank.latents * d * size, "bytes": 64 * pairs, "launches": 12}
+        return {"sorted_pairs": pairs, "launches": 16}, own
+    everyone = layout.n_replicas * pairs
+    own = {"reduced_bytes": rank.owned_latents * d * size, "launches": 12}
+    own["bytes"] = 64 * pairs + (layout.n_replicas - 1) * rows * d * size
+    return {"sorted_pairs": everyone, "bytes": OTHERS * everyone, "launches": 22}, own
+
+
+def _update(job: Job, rank: Rank) -> Amounts:
+    """Adam for the latents that a process owns, state read and written once; dense gradients made and read."""
+    parameters = 2 * rank.owned_latents * job.d_model
     state = 8 if job.state == "low_memory" else 24 + (2 if job.itemsize == 2 else 0)
     state += 8 if job.ema else 0
-    if rank.exchange == "dense":
-        state += 4  # the gradient, read again
-    coded = {"coded_parameters": parameters} if job.state == "low_memory" else {}
-    reduced = _reduction(job, rank, pairs, rows, cache)
-    return added(reduced, reduced, {"bytes": parameters * state, "launches": 8}, coded)
+    moved = {"bytes": parameters * state, "launches": 8}
+    if job.state == "low_memory":
+        moved["coded_parameters"] = parameters
+    if not rank.sums:
+        return moved
+    further = ADDED * (rank.n_micro_batches - 1)
+    dense = 2 * rank.latents * job.d_model * (WRITTEN + further) + 4 * parameters
+    return added(moved, {"bytes": dense, "launches": 6 * rank.n_micro_batches * -(-rank.latents // ADDED_ROWS)})
 
 
-def _reduction(job: Job, rank: Rank, pairs: Number, rows: int, cache: int) -> Amounts:
-    """One weight's gradient; with the dense exchange it is written."""
-    found = gathered(pairs, job.d_model * job.itemsize, rows * job.d_model * job.itemsize, cache)
-    return added(found, {"bytes": 4 * rank.latents * job.d_model}) if rank.exchange == "dense" else found
+def _reduction(job: Job, layout: Layout, rank: Rank, rows: int, cache: int) -> Amounts:
+    """The rows that one weight's gradient is made of: an owner has a share of the pairs of all replicas."""
+    read = rows if rank.sums else layout.n_replicas * rows
+    return gathered(rows * rank.active, job.d_model * job.itemsize, read * job.d_model * job.itemsize, cache)
 
 
-def _auxk(job: Job, layout: Layout, rank: Rank, cache: int) -> Amounts:
+def _auxk(job: Job, layout: Layout, rank: Rank, rows: int, cache: int) -> Amounts:
     """Five dense products of the tokens and the dead latents; or one and four sparse ones, as always with shards."""
-    d, size, rows, dead, k = job.d_model, job.itemsize, rank.rows, rank.dead, rank.auxk_candidates
+    d, size, dead, k = job.d_model, job.itemsize, rank.dead, rank.auxk_candidates
     moved = {"bytes": dead * d * (4 * size + 32) + 6 * rows * d * size}  # rows gathered, summed, put back; residual
     if layout.n_shards == 1 and dead <= DENSE_AUXK_BELOW * k:
         flop = "float32_flops" if job.precision == "float32" else "bf16_flops"
@@ -212,7 +258,7 @@ def _auxk(job: Job, layout: Layout, rank: Rank, cache: int) -> Amounts:
     sort = {"sorted_pairs": rows * k, "launches": 40}
     if layout.n_shards == 1:
         return added(encoded, decoder, tokens, sort, moved)
-    chunked = len(auxk_rows(job, layout, rank))
+    chunked = len(auxk_rows(job, layout, rank)) / rank.n_micro_batches
     sums = {"bytes": 16 * chunked * dead * d + 8 * rows * d, "launches": 60 * chunked}
     return added(encoded, decoder, tokens, sort, moved, sums, _keep(rows, k, layout.n_shards))
 
@@ -257,6 +303,9 @@ def _hops(steps: Number, crossings: Number, inside: Link, between: Link) -> floa
 
 
 def _collective(volume: Volume, layout: Layout, gpu: Hardware, behind: float) -> Part:
-    """A collective, of which at most `behind` seconds pass while something else is computed."""
+    """A collective, of which at most `behind` seconds pass while something else is computed.
+
+    All pieces but the last, and what is computed of all but one.
+    """
     seconds = collective_seconds(volume, path_of(volume, layout, gpu.gpus_per_node), gpu)
-    return Part(volume.name, seconds, volume, min(seconds, behind) if volume.asynchronous else 0.0)
+    return Part(volume.name, seconds, volume, (1 - volume.last) * min(seconds, behind))

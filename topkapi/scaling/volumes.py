@@ -7,13 +7,14 @@ collective: tests count it in real runs.
 from dataclasses import dataclass
 from typing import Literal
 
-from topkapi.exchange import MEASURED_TOKENS
+from topkapi.exchange import MEASURED_TOKENS, PIECES, pieces
 from topkapi.ops.auxk import SPARSE_ENTRY_BYTES, chunks
 from topkapi.parallel import Group
 from topkapi.scaling.shapes import Job, Layout, Rank, rank_of
 
 ACTIVATIONS, STOP = "activations", "whether to stop"
 Kind = Literal["gather", "scatter_sum", "sum"]
+Beside = Literal["", "step", "pieces", "latent gradients", "decoding", "sorting", "reducing", "updating"]
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,13 @@ class Volume:
     kind: Kind
     payload: int
     """Bytes of the tensor that a process hands in."""
-    asynchronous: bool = False
-    """Whether it travels while the next part is computed."""
+    beside: Beside = ""
+    """What is computed while it travels: nothing, the step before, the decoding of other pieces or their latent
+    gradients, the decoding of the batch, its sort, W_dec's gradient, or W_dec's update."""
     calls: int = 1
     """Collectives that share the payload."""
+    last: float = 0.0
+    """The share of it that nothing is computed beside: the last of its pieces."""
 
     @property
     def sent(self) -> float:
@@ -45,7 +49,7 @@ def volumes(job: Job, layout: Layout) -> list[Volume]:
     rank = rank_of(job, layout)
     found = [_inputs(job, layout), *_forward(job, layout, rank)]
     found += _auxk(job, layout, rank) if rank.auxk_candidates else []
-    found += [*_between_replicas(job, layout, rank), *_small(job, layout, rank)]
+    found += [*_between_replicas(job, layout, rank), *_small(job, layout, rank), *_changed(job, layout, rank)]
     return [volume for volume in found if volume.members > 1]
 
 
@@ -61,16 +65,27 @@ def by_group(found: list[Volume]) -> dict[tuple[str, str], int]:
 def _inputs(job: Job, layout: Layout) -> Volume:
     """Each process computes its share of the activations, in bf16, and all of them receive it (`topkapi.data`)."""
     payload = -(-job.batch_tokens // layout.n_ranks) * job.d_model * 2
-    return Volume(ACTIVATIONS, "all", layout.n_ranks, "gather", payload, asynchronous=True)
+    return Volume(ACTIVATIONS, "all", layout.n_ranks, "gather", payload, beside="step")
 
 
 def _forward(job: Job, layout: Layout, rank: Rank) -> list[Volume]:
-    sums, own = rank.owned_rows * layout.n_shards * job.d_model * 4, rank.owned_rows * job.d_model * job.itemsize
+    shards, d = layout.n_shards, job.d_model
+    own = sum(n * -(-rows // shards) for rows, n in rank.micro_batches)
+    calls = sum(n * n_pieces(rows, layout) for rows, n in rank.micro_batches)
+    values, last = rank.rows * rank.candidates * 4, rank.n_micro_batches / calls
     return [
-        Volume("candidates' values", "shards", layout.n_shards, "gather", rank.rows * rank.candidates * 4),
-        Volume("reconstruction", "shards", layout.n_shards, "scatter_sum", sums),
-        Volume("gradient of reconstruction", "shards", layout.n_shards, "gather", own),
-    ]
+        Volume("candidates' values", "shards", shards, "gather", values, calls=rank.n_micro_batches),
+        Volume("reconstruction", "shards", shards, "scatter_sum", own * shards * d * 4, "pieces", calls, last),
+        Volume(
+            "gradient of reconstruction", "shards", shards, "gather", own * d * job.itemsize, "latent gradients", calls,
+            last,
+        ),
+    ]  # fmt: skip
+
+
+def n_pieces(rows: int, layout: Layout) -> int:
+    """In how many pieces a GPU's micro-batch of `rows` tokens is decoded, if there are several shards."""
+    return len(list(pieces(rows, layout.n_shards, PIECES["cuda"])))
 
 
 def _auxk(job: Job, layout: Layout, rank: Rank) -> list[Volume]:
@@ -94,23 +109,36 @@ def _auxk(job: Job, layout: Layout, rank: Rank) -> list[Volume]:
 def auxk_rows(job: Job, layout: Layout, rank: Rank) -> list[int]:
     """Tokens of the chunks in which shards go through AuxK."""
     row_bytes = rank.auxk_candidates * (SPARSE_ENTRY_BYTES + 4 * layout.n_shards) + 8 * job.d_model
-    return [len(range(rank.rows)[part]) for part in chunks(rank.rows, row_bytes)]
+    return [len(range(rows)[part]) for rows, n in rank.micro_batches for part in n * list(chunks(rows, row_bytes))]
 
 
 def _between_replicas(job: Job, layout: Layout, rank: Rank) -> list[Volume]:
+    """What the gradients of latents are made of, or sums of them, on their way to the owners."""
     replicas, d = layout.n_replicas, job.d_model
-    if rank.exchange == "dense":
-        weight = rank.latents * d * 4
+    if rank.sums:
+        weight = replicas * rank.owned_latents * d * 4
         return [
-            Volume("replicas: W_enc's gradient", "replicas", replicas, "sum", weight, asynchronous=True),
-            Volume("replicas: W_dec's gradient", "replicas", replicas, "sum", weight, asynchronous=True),
-            Volume("replicas: latent_bias, fired", "replicas", replicas, "sum", rank.latents * (4 + 1), calls=2),
+            Volume("replicas: W_enc's gradient", "replicas", replicas, "scatter_sum", weight, "reducing"),
+            Volume("replicas: W_dec's gradient", "replicas", replicas, "scatter_sum", weight),
+            Volume("replicas: latent_bias, fired", "replicas", replicas, "sum", rank.latents * (4 + 4), calls=2),
             Volume("replicas: pre_bias", "replicas", replicas, "gather", d * 4),
         ]
     rows, codes = rank.rows * d * job.itemsize, rank.rows * rank.candidates * 4
     return [
-        Volume("replicas: activations, gradients", "replicas", replicas, "gather", 2 * rows, calls=2),
-        Volume("replicas: active latents", "replicas", replicas, "gather", 3 * codes, calls=3),
+        Volume("replicas: active latents", "replicas", replicas, "gather", 2 * codes, "decoding", calls=2),
+        Volume("replicas: activations", "replicas", replicas, "gather", rows, "decoding"),
+        Volume("replicas: gradients", "replicas", replicas, "gather", rows + codes, "sorting", calls=2),
+        Volume("replicas: latents that fired", "replicas", replicas, "gather", rank.owned_latents),
+    ]
+
+
+def _changed(job: Job, layout: Layout, rank: Rank) -> list[Volume]:
+    """What the owners have updated. The next step can do next to nothing before it has all of it."""
+    replicas, weight = layout.n_replicas, rank.owned_latents * job.d_model * job.itemsize
+    biases = 4 * rank.owned_latents
+    return [
+        Volume("replicas: W_enc", "replicas", replicas, "gather", weight, "updating"),
+        Volume("replicas: W_dec, latent_bias", "replicas", replicas, "gather", weight + biases, calls=2),
     ]
 
 
@@ -118,12 +146,10 @@ def _small(job: Job, layout: Layout, rank: Rank) -> list[Volume]:
     """What costs latency alone: biases, the loss, the number of dead latents, and whether to stop."""
     everyone, shards, d = layout.n_ranks, layout.n_shards, job.d_model
     found = [
-        Volume("pre_bias", "all", everyone, "gather", d * 4)
-        if rank.exchange == "dense"
-        else Volume("pre_bias", "shards", shards, "gather", d * 4),
+        Volume("pre_bias", "all", everyone, "gather", d * 4),
         Volume("number of dead latents", "shards", shards, "sum", 8),
         Volume("loss and l0", "all", everyone, "gather", 16),
-        Volume(STOP, "all", everyone, "sum", 8, asynchronous=True),
+        Volume(STOP, "all", everyone, "sum", 8, "step"),
     ]
     if shards > 1 and layout.selection == "capacity":
         most = min(job.k, rank.latents)
