@@ -13,7 +13,8 @@ from topkapi.scaling.shapes import Exchange, Job, Layout, Rank, Selection, divis
 from topkapi.scaling.step_time import StepTime, step_time
 
 SECONDS_A_DAY = 86_400
-PREFERRED = 0.98  # exact selection, and the exchange that training chooses itself, win if they are this close
+PREFERRED = 0.98  # what loses nothing, or needs no flag, wins if it is this close
+LEAST_TOKENS = 1024  # of a micro-batch: gradients are read and written for each, and the encoder wants many tokens
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Plan:
 
     wanted: Job
     job: Job
-    """With the batch that fits, which may be shorter than what was wanted."""
+    """With the batch that fits, which is shorter than what was wanted where no micro-batch fits either."""
     layout: Layout
     gpu: Hardware
     rank: Rank
@@ -113,13 +114,12 @@ def for_picture(job: Job, gpu: Hardware, search: Search) -> list[Plan]:
 
 def _by_shards(job: Job, gpu: Hardware, search: Search) -> Iterator[list[Plan]]:
     for layouts in _layouts(job, search):
-        tried = [plan(job, layout, gpu) for layout in layouts]
-        whole = [one for one in tried if one.fits and not one.is_shortened]
-        yield whole or [one for one in tried if one.fits]
+        whole = [plan(job, layout, gpu) for layout in layouts if fits(job, layout, gpu)]
+        yield whole or [one for one in (plan(job, layout, gpu) for layout in layouts) if one.fits]
 
 
 def _layouts(job: Job, search: Search) -> Iterator[list[Layout]]:
-    """For each number of shards, the ways to select and to exchange."""
+    """For each number of shards, the ways to select and to exchange, and the sizes of micro-batches."""
     numbers = divisors(search.n_gpus)
     if search.shards and search.shards not in numbers:
         raise TopkapiError(
@@ -129,9 +129,13 @@ def _layouts(job: Job, search: Search) -> Iterator[list[Layout]]:
     exchanges = ("auto", "sparse", "dense") if search.exchange == "auto" else (search.exchange,)
     for n_shards in [search.shards] if search.shards else numbers:
         n_replicas = search.n_gpus // n_shards
-        part = -(-job.n_latents // n_shards)
-        if (n_shards - 1) * part >= job.n_latents or job.batch_tokens % n_replicas:
+        try:
+            rows = rank_of(job, Layout(n_replicas=n_replicas, n_shards=n_shards)).rows
+        except TopkapiError:
             continue
+        ways = [(exchange, 0) for exchange in (exchanges if n_replicas > 1 else exchanges[:1])]
+        if search.exchange != "sparse" or n_replicas == 1:
+            ways += [("auto", size) for size in _micro_batches(rows)]
         yield [
             Layout(
                 n_replicas=n_replicas,
@@ -140,15 +144,25 @@ def _layouts(job: Job, search: Search) -> Iterator[list[Layout]]:
                 capacity=search.capacity,
                 candidates=search.candidates,
                 exchange=exchange,
+                micro_batch_tokens=size,
             )
             for selection in (selections if n_shards > 1 else selections[:1])
-            for exchange in (exchanges if n_replicas > 1 else exchanges[:1])
+            for exchange, size in ways
         ]
+
+
+def _micro_batches(rows: int) -> Iterator[int]:
+    """Sizes to try: a replica's tokens in 2, 4, 8 parts and so on."""
+    n = 2
+    while (size := -(-rows // n)) >= LEAST_TOKENS:
+        yield size
+        n *= 2
 
 
 def _merit(plan: Plan) -> float:
     """Tokens a second, with a little added for losing nothing and for needing no further flag."""
-    preferred = (plan.layout.selection == "exact") + (plan.layout.exchange == "auto")
+    layout = plan.layout
+    preferred = (layout.selection == "exact") + (layout.exchange == "auto") + (layout.micro_batch_tokens == 0)
     return plan.tokens_per_second * PREFERRED**-preferred
 
 

@@ -89,8 +89,13 @@ def _headline(best: Plan) -> str:
     ]
     if best.is_shortened:
         lines.append(
-            f"The batch of {best.wanted.batch_tokens:,} tokens fits on no mesh of these GPUs: a step takes "
-            f"{job.batch_tokens:,}, the most that fits. Topkapi adds up no gradients over several steps."
+            f"The batch of {best.wanted.batch_tokens:,} tokens fits on no mesh of these GPUs, not in micro-batches "
+            f"either: a step takes {job.batch_tokens:,}, the most that fits."
+        )
+    if best.rank.n_micro_batches > 1:
+        lines.append(
+            f"In {best.rank.n_micro_batches} micro-batches of {best.rank.micro_rows:,} tokens a GPU, whose gradients "
+            "are added up: the result is that of the whole batch."
         )
     return "\n".join(lines)
 
@@ -109,6 +114,8 @@ def _flags(best: Plan) -> str:
         flags += [f"--parallel.candidates {layout.candidates}"] if layout.candidates else []
     if layout.n_replicas > 1 and layout.exchange != "auto":
         flags.append(f"--parallel.exchange {layout.exchange}")
+    if best.rank.n_micro_batches > 1:
+        flags.append(f"--parallel.micro-batch-tokens {layout.micro_batch_tokens}")
     return "Flags: " + " ".join(flags)
 
 
@@ -208,8 +215,9 @@ def _others(found: Sequence[Plan]) -> str:
             [
                 one.mesh,
                 selection,
-                one.rank.exchange,
+                one.rank.exchange if one.layout.n_replicas > 1 else "none",
                 f"{one.job.batch_tokens:,}",
+                f"{one.rank.n_micro_batches}",
                 ms_text(one.step.seconds),
                 count_text(one.tokens_per_day),
                 f"{100 * one.step.communication / one.step.seconds:.0f} %",
@@ -222,6 +230,7 @@ def _others(found: Sequence[Plan]) -> str:
         "selection, candidates",
         "exchange",
         "batch",
+        "parts",
         "ms",
         "tokens a day",
         "links",

@@ -1,0 +1,101 @@
+"""The plan's model against steps measured on several GPUs: a markdown table, with the median and the worst error.
+
+    torchrun --nproc-per-node 2 benchmarks/scaling.py > runs/scaling.jsonl
+    python benchmarks/planned.py runs/scaling.jsonl
+
+Reads the JSON lines that benchmarks/scaling.py prints, plans the same steps on the same mesh (`batch` is of one GPU), and
+leaves the next batch out of the memory, as the benchmark makes none ahead. "Alone" is one GPU by itself. An error above
+0 is a plan that is too slow, or holds too much.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+from topkapi.scaling.hardware import Hardware, load
+from topkapi.scaling.memory import NEXT_BATCH, memory, total
+from topkapi.scaling.shapes import Job, Layout
+from topkapi.scaling.step_time import step_time
+
+GIB = 2**30
+K = 32  # of benchmarks/scaling.py
+HEAD = ["mesh", "exchange", "latents", "d_model", "tokens a GPU", "precision", "ms", "planned", "error", "GiB",
+        "planned", "error"]  # fmt: skip
+
+
+def cases(lines: Iterable[dict]) -> list[dict]:
+    """What was measured, in the order of the file: one GPU alone before the meshes that it is compared with."""
+    found, seen = [], set()
+    for line in lines:
+        alone = (line["n_latents"], line["d_model"], line["batch"], line["precision"], line["alone_ms"])
+        if alone not in seen:
+            seen.add(alone)
+            found.append(line | {"mesh": "1x1", "exchange": "", "ms": line["alone_ms"], "peak_gib": None, "micro": 0})
+        found.append(line)
+    return found
+
+
+def planned(case: dict, gpu: Hardware) -> tuple[float, float]:
+    """Milliseconds of a step and GiB of a GPU."""
+    n_replicas, n_shards = map(int, case["mesh"].split("x"))
+    job = Job(
+        n_latents=case["n_latents"],
+        d_model=case["d_model"],
+        k=K,
+        batch_tokens=case["batch"] * n_replicas * n_shards,
+        precision=case["precision"],
+        ema=False,
+    )
+    layout = Layout(
+        n_replicas=n_replicas,
+        n_shards=n_shards,
+        exchange=case["exchange"] or "auto",
+        micro_batch_tokens=case.get("micro", 0),
+    )
+    held = memory(job, layout)
+    return 1e3 * step_time(job, layout, gpu).seconds, (total(held) - held[NEXT_BATCH]) / GIB
+
+
+def row(case: dict, gpu: Hardware) -> tuple[list[str], list[float | None]]:
+    """A line of the table, and the relative errors of time and memory."""
+    ms, gib = planned(case, gpu)
+    errors = [ms / case["ms"] - 1, gib / case["peak_gib"] - 1 if case["peak_gib"] else None]
+    cells = [case["mesh"] if case["mesh"] != "1x1" else "alone", case["exchange"], f"{case['n_latents']:,}",
+             f"{case['d_model']:,}", f"{case['batch']:,}", case["precision"]]  # fmt: skip
+    if case.get("micro"):
+        cells[1] = f"micro-batches of {case['micro']:,}"
+    cells += [f"{case['ms']:.2f}", f"{ms:.2f}", f"{100 * errors[0]:+.1f} %"]
+    cells += [f"{case['peak_gib']:.2f}", f"{gib:.2f}", f"{100 * errors[1]:+.1f} %"] if case["peak_gib"] else [""] * 3
+    return cells, errors
+
+
+def summary(what: str, errors: list[float]) -> str:
+    """The median and the worst of the absolute errors."""
+    off = [abs(error) for error in errors]
+    return f"{what}: median error {100 * statistics.median(off):.1f} %, worst {100 * max(off):.1f} % of {len(off)}."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lines", type=Path)
+    parser.add_argument("--gpu", default="h200", help="as --gpu of topkapi plan")
+    options = parser.parse_args()
+    gpu = load(options.gpu)
+    read = [json.loads(line) for line in options.lines.read_text().splitlines() if line.startswith("{")]
+    found = cases(read)
+    rows = [row(case, gpu) for case in found]
+    print(f"| {' | '.join(HEAD)} |\n|{'---|' * 6}{'---:|' * 6}")
+    for cells, _ in rows:
+        print(f"| {' | '.join(cells)} |")
+    meshes = [errors for case, (_, errors) in zip(found, rows, strict=True) if case["mesh"] != "1x1"]
+    alone = [errors[0] for case, (_, errors) in zip(found, rows, strict=True) if case["mesh"] == "1x1"]
+    print(f"\n{summary('Steps on meshes', [time for time, _ in meshes])} {summary('One GPU alone', alone)}")
+    held = [error for _, error in meshes if error is not None]
+    if held:
+        print(summary("Memory", held))
+
+
+if __name__ == "__main__":
+    main()
