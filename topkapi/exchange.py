@@ -165,18 +165,22 @@ def decode(
     if mesh.n_shards == 1:
         return primitives.decode_step(values, indices, W_dec, centred, scale)
     pieces = list(_pieces(n, mesh.n_shards, PIECES[centred.device.type]))
-    summed = [_start_recon(values[rows], indices[rows], W_dec, mesh) for rows in pieces]
-    grads, squares = [], []
-    for rows, finish in zip(pieces, summed, strict=True):
-        error = finish()
-        own = _own(centred[rows], error, mesh)
-        error[: len(own)] -= own  # rows beyond are padding, and 0
-        squares.append(error.pow(2).sum(1))
-        grads.append(mesh.start_gather(error.mul_(scale).to(centred.dtype), "shards"))
-    grad_recon, grad_values = torch.empty_like(centred), []
-    for rows, finish in zip(pieces, grads, strict=True):
-        grad_recon[rows] = finish()[: len(centred[rows])]
-        grad_values.append(primitives.matmul_at_sparse_indices(grad_recon[rows], W_dec, indices[rows]))
+    grad_recon = torch.empty_like(centred)
+    summed, gathered, squares, grad_values = {}, {}, [], []
+    for turn in range(len(pieces) + 2):  # a piece is decoded, one before differentiated, one before that finished
+        if turn < len(pieces):
+            rows = pieces[turn]
+            summed[turn] = _start_recon(values[rows], indices[rows], W_dec, mesh)
+        if turn - 1 in summed:
+            error = summed.pop(turn - 1)()
+            own = _own(centred[pieces[turn - 1]], error, mesh)
+            error[: len(own)] -= own  # rows beyond are padding, and 0
+            squares.append(error.pow(2).sum(1))
+            gathered[turn - 1] = mesh.start_gather(error.mul_(scale).to(centred.dtype), "shards")
+        if turn - 2 in gathered:
+            rows = pieces[turn - 2]
+            grad_recon[rows] = gathered.pop(turn - 2)()[: rows.stop - rows.start]
+            grad_values.append(primitives.matmul_at_sparse_indices(grad_recon[rows], W_dec, indices[rows]))
     return DecodeStep(torch.cat(squares), grad_recon, torch.cat(grad_values).mul_(values > 0))
 
 
