@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +26,7 @@ from topkapi.config import AuxKConfig, LossConfig, ModelConfig, ParallelConfig, 
 from topkapi.errors import TopkapiError
 from topkapi.exchange import auxk_candidates_of, candidates, candidates_of, cheaper_exchange
 from topkapi.gradients import DeadSubset
-from topkapi.model import Autoencoder
+from topkapi.model import Autoencoder, Working
 from topkapi.ops import reference
 from topkapi.parallel import ALONE, Mesh
 from topkapi.step import _Batch, topk_step
@@ -246,7 +245,8 @@ def test_the_exchange_with_fewer_bytes_is_taken() -> None:
 
 
 def test_auto_is_the_exchange_with_fewer_bytes() -> None:
-    weights = SimpleNamespace(W_enc=torch.empty(0, dtype=torch.bfloat16))
+    weights = object.__new__(Working)
+    weights.W_enc = torch.empty(0, 768, dtype=torch.bfloat16)
     given = (32, 131_072, torch.zeros(768), weights, 1.0, 1)
     for n_tokens, parallel, sends_rows in (
         (29_000, ParallelConfig(), True),
