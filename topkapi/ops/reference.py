@@ -143,8 +143,11 @@ def _top_k(pre_acts: Float[Tensor, "n n_latents"], k: int) -> tuple[Float[Tensor
     """The k largest of each row and their columns, the largest first; of equal ones above 0 the first columns first.
 
     So the same latents are kept however the columns are divided among processes. Equal values are rare: rows that have
-    them are found by looking at the k + 1 largest, and only these are gone through again.
+    them are found by looking at the k + 1 largest, and only these are gone through again. On other devices than CPUs
+    any of equal ones are kept: how many rows have them is not known there without waiting for the device.
     """
+    if pre_acts.device.type != "cpu":
+        return _largest(pre_acts, k)
     values, columns = _largest(pre_acts, min(k + 1, pre_acts.shape[1]))
     tied = (values[:, 1:] == values[:, :-1]) & (values[:, 1:] > 0)
     rows = tied.any(1).nonzero().flatten()
