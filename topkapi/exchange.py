@@ -173,11 +173,12 @@ def decode(
     primitives = implementation(centred)
     if mesh.n_shards == 1:
         return primitives.decode_step(values, indices, W_dec, centred, scale)
-    error = _summed_recon(values, indices, W_dec, mesh)
-    own = _own(centred, error, mesh)
-    error[: len(own)] -= own  # rows beyond are padding, and 0
-    squared_error = error.pow(2).sum(1)
-    grad_recon = mesh.gather(error.mul_(scale).to(centred.dtype), "shards")[: len(centred)]
+    recon = _summed_recon(values, indices, W_dec, mesh)
+    own = _own(centred, recon, mesh)
+    if len(own) < len(recon):  # the rest is padding, and 0
+        own = pad(own, (0, 0, 0, len(recon) - len(own)))
+    squared_error, grad = primitives.recon_gradient(recon, own, scale)
+    grad_recon = mesh.gather(grad, "shards")[: len(centred)]
     grad_values = primitives.matmul_at_sparse_indices(grad_recon, W_dec, indices).mul_(values > 0)
     return DecodeStep(squared_error, grad_recon, grad_values)
 

@@ -307,6 +307,21 @@ def decode_step(
 
 
 @torch.no_grad()
+def recon_gradient(
+    recon: Float[Tensor, "n d_model"], target: Float[Tensor, "n d_model"], scale: float
+) -> tuple[Float[Tensor, " n"], Float[Tensor, "n d_model"]]:
+    """Squared error of a reconstruction, a row, and its gradient: of `decode_step` what follows the decoder.
+
+        error = recon - target;   squared_error = sum over d_model of error^2;   grad = scale error
+
+    The error and its sums are float32 (float64 for float64), the gradient has the dtype of target.
+    """
+    error = _wide(recon) - target
+    squared_error = error.pow(2).sum(1)
+    return squared_error, error.mul_(scale).to(target.dtype)
+
+
+@torch.no_grad()
 def order_by_latent(indices: Int[Tensor, "n k"], n_latents: int) -> LatentOrder:
     """The pairs of a sparse code sorted by latent: one sort serves every weight gradient of a step."""
     latents, pairs = indices.flatten().sort(stable=True)
