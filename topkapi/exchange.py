@@ -172,11 +172,13 @@ def decode(
             rows = pieces[turn]
             summed[turn] = _start_recon(values[rows], indices[rows], W_dec, mesh)
         if turn - 1 in summed:
-            error = summed.pop(turn - 1)()
-            own = _own(centred[pieces[turn - 1]], error, mesh)
-            error[: len(own)] -= own  # rows beyond are padding, and 0
-            squares.append(error.pow(2).sum(1))
-            gathered[turn - 1] = mesh.start_gather(error.mul_(scale).to(centred.dtype), "shards")
+            recon = summed.pop(turn - 1)()
+            own = _own(centred[pieces[turn - 1]], recon, mesh)
+            if len(own) < len(recon):  # the rest is padding, and 0
+                own = pad(own, (0, 0, 0, len(recon) - len(own)))
+            squared_error, grad = primitives.recon_gradient(recon, own, scale)
+            squares.append(squared_error)
+            gathered[turn - 1] = mesh.start_gather(grad, "shards")
         if turn - 2 in gathered:
             rows = pieces[turn - 2]
             grad_recon[rows] = gathered.pop(turn - 2)()[: rows.stop - rows.start]
