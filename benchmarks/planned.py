@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 2 benchmarks/scaling.py > runs/scaling.jsonl
     python benchmarks/planned.py runs/scaling.jsonl
 
-Reads the JSON lines that benchmarks/scaling.py prints, plans the same steps on the same mesh (`batch` is of one GPU), and
-leaves the next batch out of the memory, as the benchmark makes none ahead. "Alone" is one GPU by itself. An error above
-0 is a plan that is too slow, or holds too much.
+Reads the JSON lines that benchmarks/scaling.py prints, and plans the same steps on the same mesh (`batch` is of one
+GPU). The next batch is left out of the memory, as the benchmark makes none ahead. "Alone" is one GPU by itself. An
+error above 0 is a plan that is too slow, or holds too much.
 """
 
 import argparse

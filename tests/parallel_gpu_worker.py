@@ -13,7 +13,7 @@ import torch
 from topkapi.config import AuxKConfig, OptimConfig, ParallelConfig
 from topkapi.dead import DeadCounter
 from topkapi.loss import mse_scale
-from topkapi.model import Autoencoder, Working
+from topkapi.model import OF_LATENTS, Autoencoder, Working
 from topkapi.ops.normalise import normalise
 from topkapi.optim import Optimizer
 from topkapi.parallel import ALONE, Mesh, mesh_of, open_mesh
@@ -82,6 +82,7 @@ def course(case: Case, mesh: Mesh) -> dict[str, torch.Tensor]:
         counter.count_(found.fired, BATCH)
         losses.append(found.terms.normalized_mse.double())
         terms.append(torch.stack([norm.double(), found.terms.auxk.double(), found.l0.double()]))
+    working.finish(*OF_LATENTS)
     parts = {"losses": torch.stack(losses), "terms": torch.stack(terms)}
     for name in ("W_enc", "W_dec", "latent_bias"):
         parts[name] = mesh.rows_on_first(getattr(ae, name).detach(), N_LATENTS)

@@ -26,10 +26,10 @@ from topkapi.config import AuxKConfig, LossConfig, ModelConfig, ParallelConfig, 
 from topkapi.errors import TopkapiError
 from topkapi.exchange import auxk_candidates_of, candidates, candidates_of, cheaper_exchange
 from topkapi.gradients import DeadSubset
-from topkapi.model import Autoencoder
+from topkapi.model import Autoencoder, Working
 from topkapi.ops import reference
 from topkapi.parallel import ALONE, Mesh
-from topkapi.step import topk_step
+from topkapi.step import _Batch, topk_step
 
 ROOT = Path(__file__).parents[1]
 WORLDS = [2, pytest.param(4, marks=pytest.mark.many_ranks), pytest.param(8, marks=pytest.mark.many_ranks)]
@@ -242,6 +242,20 @@ def test_the_exchange_with_fewer_bytes_is_taken() -> None:
     assert cheaper_exchange(8, 7_000, 32_768, 768, 32, 2) == "sparse"
     assert cheaper_exchange(8, 7_500, 32_768, 768, 32, 2) == "dense"
     assert cheaper_exchange(8, 7_500, 131_072, 768, 32, 2) == "sparse"
+
+
+def test_auto_is_the_exchange_with_fewer_bytes() -> None:
+    weights = object.__new__(Working)
+    weights.W_enc = torch.empty(0, 768, dtype=torch.bfloat16)
+    given = (32, 131_072, torch.zeros(768), weights, 1.0, 1)
+    for n_tokens, parallel, sends_rows in (
+        (29_000, ParallelConfig(), True),
+        (29_500, ParallelConfig(), False),
+        (29_500, ParallelConfig(exchange="sparse"), True),
+        (29_000, ParallelConfig(exchange="dense"), False),
+    ):
+        batch = _Batch(*given, Mesh(2, 4), parallel)
+        assert batch.replicas_send_rows(torch.empty(n_tokens, 768, device="meta")) == sends_rows
 
 
 @pytest.mark.parametrize("n_latents", [5, 16, 37])

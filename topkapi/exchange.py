@@ -164,23 +164,29 @@ def decode(
     primitives, n = implementation(centred), len(centred)
     if mesh.n_shards == 1:
         return primitives.decode_step(values, indices, W_dec, centred, scale)
-    parts = list(pieces(n, mesh.n_shards, PIECES[centred.device.type]))
-    summed = [_start_recon(values[rows], indices[rows], W_dec, mesh) for rows in parts]
-    grads, squares = [], []
-    for rows, finish in zip(parts, summed, strict=True):
-        error = finish()
-        own = _own(centred[rows], error, mesh)
-        error[: len(own)] -= own  # rows beyond are padding, and 0
-        squares.append(error.pow(2).sum(1))
-        grads.append(mesh.start_gather(error.mul_(scale).to(centred.dtype), "shards"))
-    grad_recon, grad_values = torch.empty_like(centred), []
-    for rows, finish in zip(parts, grads, strict=True):
-        grad_recon[rows] = finish()[: len(centred[rows])]
-        grad_values.append(primitives.matmul_at_sparse_indices(grad_recon[rows], W_dec, indices[rows]))
+    pieces = list(pieces_of(n, mesh.n_shards, PIECES[centred.device.type]))
+    grad_recon = torch.empty_like(centred)
+    summed, gathered, squares, grad_values = {}, {}, [], []
+    for turn in range(len(pieces) + 2):  # a piece is decoded, one before differentiated, one before that finished
+        if turn < len(pieces):
+            rows = pieces[turn]
+            summed[turn] = _start_recon(values[rows], indices[rows], W_dec, mesh)
+        if turn - 1 in summed:
+            recon = summed.pop(turn - 1)()
+            own = _own(centred[pieces[turn - 1]], recon, mesh)
+            if len(own) < len(recon):  # the rest is padding, and 0
+                own = pad(own, (0, 0, 0, len(recon) - len(own)))
+            squared_error, grad = primitives.recon_gradient(recon, own, scale)
+            squares.append(squared_error)
+            gathered[turn - 1] = mesh.start_gather(grad, "shards")
+        if turn - 2 in gathered:
+            rows = pieces[turn - 2]
+            grad_recon[rows] = gathered.pop(turn - 2)()[: rows.stop - rows.start]
+            grad_values.append(primitives.matmul_at_sparse_indices(grad_recon[rows], W_dec, indices[rows]))
     return DecodeStep(torch.cat(squares), grad_recon, torch.cat(grad_values).mul_(values > 0))
 
 
-def pieces(n: int, n_shards: int, n_pieces: int) -> Iterator[slice]:
+def pieces_of(n: int, n_shards: int, n_pieces: int) -> Iterator[slice]:
     """Parts of n tokens, of which all but the last are multiples of the shards; one empty part of none."""
     size = max(-(-n // (n_pieces * n_shards)), -(-FEWEST // n_shards)) * n_shards
     return (slice(start, min(start + size, n)) for start in range(0, max(n, 1), size))

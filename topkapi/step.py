@@ -140,8 +140,9 @@ class _Batch:
         """Whether they do so rather than adding up gradients; a replica alone does too. The same for all processes."""
         if self.mesh.n_replicas == 1 or self.parallel.exchange != "auto":
             return self.mesh.n_replicas == 1 or self.parallel.exchange == "sparse"
-        itemsize, n_rows = self.weights.W_enc.element_size(), -(-self.n_latents // self.mesh.n_shards)
-        return exchange.cheaper_exchange(self.mesh.n_replicas, *x.shape, n_rows, self.width, itemsize) == "sparse"
+        (n_tokens, d_model), largest = x.shape, -(-self.n_latents // self.mesh.n_shards)
+        sizes = (n_tokens, largest, d_model, self.width, self.weights.W_enc.element_size())
+        return exchange.cheaper_exchange(self.mesh.n_replicas, *sizes) == "sparse"
 
     def share_lost(self, x: Float[Tensor, "n d_model"]) -> Float[Tensor, ""]:
         """See `topkapi.exchange.share_lost`."""

@@ -42,7 +42,7 @@ from topkapi.errors import TopkapiError
 from topkapi.files import lock, remove_leftovers, sha256_json, write_text_atomic
 from topkapi.loss import LossTerms, mse_scale
 from topkapi.metrics import MetricsLog, NoLog, require
-from topkapi.model import PARAMETERS, Autoencoder, Working
+from topkapi.model import OF_LATENTS, PARAMETERS, Autoencoder, Working
 from topkapi.ops.normalise import normalise
 from topkapi.optim import Optimizer, learning_rate
 from topkapi.parallel import ALONE, Mesh, device_of, launched, open_mesh
@@ -218,6 +218,7 @@ class Trainer:
 
     def publish(self, tokens: int) -> None:
         """Write the finished autoencoder, with the averaged weights where there are any, to the run folder."""
+        self.working.finish(*OF_LATENTS)
         self.ae.summary = {"tokens": tokens, "steps": self.optimizer.n_steps, "last_batch": self.metrics()}
         weights = {name: self._on_first(name, tensor) for name, tensor in self.optimizer.averaged(self.ae).items()}
 

@@ -1,6 +1,6 @@
 """Counts what real steps of several processes hand to their collectives, in a process of its own.
 
-python -m tests.scaling.counted     prints, for each case, bytes by "group kind" as JSON
+python -m tests.scaling.counted     prints, for each case, bytes by "group kind", and those that are held, as JSON
 """
 
 import json
@@ -33,6 +33,7 @@ CASES = [
     for selection in (("exact", "capacity") if mesh[1] > 1 else ("exact",))
     for dead, precision in ((False, "float32"), (True, "float32"), (True, "bf16"))
 ]
+HELD = "held"
 KINDS = {"sum_": "sum", "max_": "sum", "start_gather": "gather", "start_scatter_sum": "scatter_sum"}
 
 
@@ -50,7 +51,7 @@ def counted(counts: Counter) -> None:
 
 
 def bytes_of_a_step(mesh: Mesh, case: dict, counts: Counter) -> dict[str, int]:
-    """One step as `topkapi.train` takes it, after a first one."""
+    """What one step as `topkapi.train` takes it hands in, after a first one, and what is held from step to step."""
     n_latents, d_model, k, batch_tokens = SIZES.values()
     ae = Autoencoder(d_model=d_model, n_latents=n_latents, k=k, latents=mesh.owned(n_latents))
     working = Working(ae, case["precision"], mesh)
@@ -73,7 +74,13 @@ def bytes_of_a_step(mesh: Mesh, case: dict, counts: Counter) -> dict[str, int]:
         optimizer.step_(ae, found.gradients, 1e-4)
         counter.count_(found.fired, batch_tokens)
         assert bool(found.terms.auxk > 0) == case["dead"]
-    return dict(counts)
+    weights = [tensor for it in (ae, working) for tensor in (it.W_enc, it.W_dec, it.latent_bias)]
+    return dict(counts) | {HELD: held([*weights, ae.pre_bias, *optimizer.state().values(), counter.silent_for])}
+
+
+def held(tensors: list[torch.Tensor]) -> int:
+    """Bytes of memory behind some tensors, of which several may be parts of one."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def world(rank: int, mesh: tuple[int, int], port: int, out: Path) -> None:

@@ -79,7 +79,8 @@ def test_one_shard_for_each_gpu_where_weights_fit_no_other_way():
     assert found[0].mesh == "1 x 512"
     assert found[0].layout.selection == "capacity"
     assert found[0].rank.candidates == 4
-    assert not fits(PAPER, Layout(n_replicas=8, n_shards=64), H100)
+    assert not fits(PAPER, Layout(n_replicas=64, n_shards=8), H100)
+    assert [one.layout.n_shards for one in found] == [512, 256, 128, 64, 32, 16]
     assert all(one.fits for one in found)
 
 
@@ -90,10 +91,16 @@ def test_replicas_where_links_are_slow_and_the_dictionary_is_small():
     assert rank_of(job, plans(job, slow, Search(n_gpus=8))[0].layout).exchange == "dense"
 
 
-def test_shards_where_links_cost_nothing():
+def test_shards_where_the_dictionary_is_large_and_the_batch_small():
+    """Replicas would send each other more of what they have updated than there is of the batch."""
+    assert plans(replace(WIDE, batch_tokens=16_384), H200, Search(n_gpus=8))[0].layout.n_shards == 8
+
+
+def test_replicas_where_links_cost_nothing():
+    """They divide the optimiser's work as shards do, and decode fewer tokens."""
     free = faster(H200, inside=1e6, between=1e6)
     free = replace(free, collective=1e-12, inside=replace(free.inside, hop=1e-12), host=1e-9)
-    assert plans(WIDE, free, Search(n_gpus=8))[0].layout.n_shards == 8
+    assert plans(WIDE, free, Search(n_gpus=8))[0].layout.n_shards == 1
 
 
 def test_every_plan_fits_and_the_best_is_the_fastest():
@@ -113,9 +120,33 @@ def test_what_is_asked_for_is_kept():
         plans(WIDE, H200, Search(n_gpus=16, shards=3))
 
 
-def test_a_batch_that_does_not_fit_is_cut_to_one_that_does():
+def test_a_batch_that_does_not_fit_is_gone_through_in_micro_batches():
+    """The fewest that fit: half as many would not, and a quarter of the tokens would be slower."""
+    small, long = replace(H200, memory=H200.memory // 2), replace(WIDE, batch_tokens=2**22)
+    best = plans(long, small, Search(n_gpus=16, shards=8))[0]
+    assert not best.is_shortened
+    assert best.rank.n_micro_batches > 1
+    assert fits(long, best.layout, small)
+    assert not fits(long, replace(best.layout, micro_batch_tokens=2 * best.rank.micro_rows), small)
+    shorter = replace(best.layout, micro_batch_tokens=best.rank.micro_rows // 4)
+    assert plan(long, shorter, small).step.seconds > best.step.seconds
+    assert plans(replace(long, batch_tokens=2**20), small, Search(n_gpus=16, shards=8))[0].rank.n_micro_batches == 1
+
+
+def test_micro_batches_take_gradients_of_the_weights_size_and_time_to_add_them_up():
+    for layout in (Layout(), Layout(n_shards=8), Layout(n_replicas=2, n_shards=4)):
+        whole, halves = (replace(layout, micro_batch_tokens=n) for n in (0, WIDE.batch_tokens // 32))
+        assert rank_of(WIDE, halves).sums
+        latents = WIDE.n_latents // layout.n_shards
+        assert memory(WIDE, halves)["dense gradients"] == 8 * latents * WIDE.d_model
+        assert step_time(WIDE, halves, H200).seconds > step_time(WIDE, whole, H200).seconds
+        times = [step_time(WIDE, replace(layout, micro_batch_tokens=n), H200).seconds for n in (2**10, 2**12, 2**14)]
+        assert times == sorted(times, reverse=True)
+
+
+def test_a_batch_that_fits_in_no_micro_batches_is_cut_to_one_that_does():
     huge = replace(WIDE, batch_tokens=2**26)
-    best = plans(huge, H200, Search(n_gpus=16))[0]
+    best = plans(huge, H200, Search(n_gpus=16, shards=16))[0]
     assert best.is_shortened
     assert best.job.batch_tokens % best.layout.n_replicas == 0
     assert fits(best.job, best.layout, H200)
@@ -207,7 +238,7 @@ def test_the_picture_has_a_bar_for_each_number_of_shards():
     found = for_picture(PAPER, H100, Search(n_gpus=512))
     assert [one.layout.n_shards for one in found] == [2**i for i in range(10)]
     assert not any(one.is_shortened for one in found)
-    assert [one.fits for one in found] == [False] * 7 + [True] * 3
+    assert [one.fits for one in found] == [False] * 4 + [True] * 6
 
 
 def test_a_plan_without_shortening_says_whether_it_fits():

@@ -6,6 +6,7 @@ from dataclasses import replace
 from topkapi.scaling.hardware import Hardware
 from topkapi.scaling.shapes import Job, Layout, Rank, rank_of
 from topkapi.scaling.step_time import AUXK_CHUNK, DENSE_AUXK_BELOW, SEGMENT, takes_kernels
+from topkapi.scaling.volumes import n_pieces
 from topkapi.step import ADDED_ROWS
 
 SAMPLE_BYTES = 2**30 + 2**27  # of sampled pre-activations, for which long batches are encoded in parts
@@ -38,10 +39,14 @@ def weights_and_state(job: Job, latents: int, owned: int | None = None) -> dict[
 
 
 def memory(job: Job, layout: Layout) -> dict[str, int]:
-    """Bytes by part: what is kept, the batch, and the larger of what encoding and what the backward pass take."""
+    """Bytes by part: what is kept, the batch, and what the moment of a step that takes most holds besides."""
     rank = rank_of(job, layout)
-    encoding, backward = _encoding(job, rank), _backward(job, layout, rank)
-    step = {"encoder's scratch": encoding} if encoding > sum(backward.values()) else backward
+    moments = [{"encoder's scratch": _encoding(job, rank)}]
+    moments += [_comparing(layout, rank), _in_pieces(job, layout, rank)] if layout.n_shards > 1 else []
+    sums = _sums(job, layout, rank)
+    if rank.n_micro_batches > 1:  # dense gradients are there from the second one on
+        moments = [{**moment, "dense gradients": sums["dense gradients"]} for moment in moments]
+    step = max([*moments, {**_backward(job, layout, rank), **sums}], key=total)
     raw = 2 * rank.rows * job.d_model
     batch = raw + (rank.rows + rank.micro_rows) * job.d_model * job.itemsize + 12 * rank.micro_rows * rank.candidates
     kept = weights_and_state(job, rank.latents, rank.owned_latents)
@@ -88,31 +93,55 @@ def _encoding(job: Job, rank: Rank) -> int:
     return rows * (sampled + (groups * group + 8 * rank.candidates) * 17 // 16) + screened[job.precision]
 
 
+def _comparing(layout: Layout, rank: Rank) -> dict[str, int]:
+    """All shards' candidates, and what is kept of this one's."""
+    return {"all shards' candidates": rank.micro_rows * rank.candidates * (4 * layout.n_shards + 12)}
+
+
+def _in_pieces(job: Job, layout: Layout, rank: Rank) -> dict[str, int]:
+    """Reconstructions on their way, of two pieces in float32, with the sums; then their gradients, of three."""
+    d, rows = job.d_model, rank.micro_rows
+    piece = -(-rows // n_pieces(rows, layout))
+    sums = 2 * 4 * d * (piece + -(-piece // layout.n_shards))
+    return {
+        "gradient of recon": rows * d * job.itemsize,
+        "gradients of codes": 4 * rows * rank.candidates,
+        "pieces of reconstructions": sums + 3 * piece * d * job.itemsize,
+        **_gathered(job, layout, rank, tensors=1),
+    }
+
+
+def _gathered(job: Job, layout: Layout, rank: Rank, tensors: int) -> dict[str, int]:
+    """What owners have of other replicas: activations and codes, then with `tensors` = 2 the gradients as well."""
+    if rank.sums or layout.n_replicas == 1:
+        return {}
+    row = tensors * job.d_model * job.itemsize + (8 if tensors == 1 else 12) * rank.candidates
+    return {"other replicas' batch": layout.n_replicas * rank.rows * row}
+
+
 def _backward(job: Job, layout: Layout, rank: Rank) -> dict[str, int]:
     d, size, rows = job.d_model, job.itemsize, rank.micro_rows
-    replicas = 1 if rank.sums else layout.n_replicas
-    pairs = rows * replicas * rank.candidates
+    pairs = rows * rank.candidates * (1 if rank.sums else layout.n_replicas)
     found = {
         "gradients of codes": 4 * rows * rank.candidates + PAIR_BYTES * pairs,
         "gradient of recon": rows * d * size,
+        **_gathered(job, layout, rank, tensors=2),
     }
-    if layout.n_shards > 1:
-        own = -(-rows // layout.n_shards)
-        found["sums over shards"] = rows * (4 * d + 4 * rank.candidates * layout.n_shards) + 2 * 4 * own * d
-    if replicas > 1:
-        found["other replicas' batch"] = replicas * rows * (2 * d * size + 12 * rank.candidates)
-    if rank.sums:
-        found["dense gradients"] = _sums(job, layout, rank)
     if rank.auxk_candidates and rank.dead:
         found["AuxK"] = _auxk(job, layout, rank)
     return found
 
 
-def _sums(job: Job, layout: Layout, rank: Rank) -> int:
-    """Dense gradients, what replicas get of their sum, and what is to be added of a micro-batch."""
-    numbers = 2 * layout.n_replicas * rank.owned_latents + (2 * rank.owned_latents if layout.n_replicas > 1 else 0)
+def _sums(job: Job, layout: Layout, rank: Rank) -> dict[str, int]:
+    """Dense gradients, with what replicas get of their sum, or with the rows that are being added."""
+    if not rank.sums:
+        return {}
+    summed = 2 * rank.owned_latents if layout.n_replicas > 1 else 0
     block = min(rank.latents, ADDED_ROWS) if rank.n_micro_batches > 1 else 0
-    return 4 * job.d_model * (numbers + block)
+    return {
+        "dense gradients": 2 * 4 * layout.n_replicas * rank.owned_latents * job.d_model,
+        "rows of dense gradients": 4 * max(summed, block) * job.d_model,
+    }
 
 
 def _auxk(job: Job, layout: Layout, rank: Rank) -> int:

@@ -107,8 +107,7 @@ def _beside(job: Job, layout: Layout, rank: Rank, seconds: Mapping[str, float], 
         reduced = added(reduced, {"bytes": (ADDED if n > 1 else WRITTEN) * rank.latents * job.d_model})
     return {
         "step": math.fsum(seconds.values()),
-        "pieces": seconds[DECODE] / 2,
-        "latent gradients": seconds[DECODE] / 2,
+        "pieces": seconds[DECODE] * (1 - 1 / n_pieces(rows, layout)),
         "decoding": seconds[DECODE],
         "sorting": seconds[SORT],
         "reducing": cost(reduced, gpu) + seconds[BIASES] / n,
@@ -202,7 +201,7 @@ def _decode(job: Job, layout: Layout, rank: Rank, rows: int, cache: int) -> Amou
     codes = 16 * rows * rank.candidates
     if layout.n_shards == 1:
         return added(once, {"bytes": 2 * rows * d * size + codes, "launches": 4})
-    own = -(-rows // layout.n_shards) * d * (34 + size)  # the error, its squares, and the gradient made of it
+    own = -(-rows // layout.n_shards) * d * (4 + 2 * size)  # the error and the gradient made of it
     moved = {"bytes": (4 + 3 * size) * rows * d + own + codes, "launches": 10 * n_pieces(rows, layout)}
     return added(once, once, moved)
 
@@ -303,9 +302,6 @@ def _hops(steps: Number, crossings: Number, inside: Link, between: Link) -> floa
 
 
 def _collective(volume: Volume, layout: Layout, gpu: Hardware, behind: float) -> Part:
-    """A collective, of which at most `behind` seconds pass while something else is computed.
-
-    All pieces but the last, and what is computed of all but one.
-    """
+    """A collective, of which at most `behind` seconds pass while something else is computed."""
     seconds = collective_seconds(volume, path_of(volume, layout, gpu.gpus_per_node), gpu)
-    return Part(volume.name, seconds, volume, (1 - volume.last) * min(seconds, behind))
+    return Part(volume.name, seconds, volume, min(seconds, behind))

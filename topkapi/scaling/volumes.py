@@ -7,14 +7,14 @@ collective: tests count it in real runs.
 from dataclasses import dataclass
 from typing import Literal
 
-from topkapi.exchange import MEASURED_TOKENS, PIECES, pieces
+from topkapi.exchange import MEASURED_TOKENS, PIECES, pieces_of
 from topkapi.ops.auxk import SPARSE_ENTRY_BYTES, chunks
 from topkapi.parallel import Group
 from topkapi.scaling.shapes import Job, Layout, Rank, rank_of
 
 ACTIVATIONS, STOP = "activations", "whether to stop"
 Kind = Literal["gather", "scatter_sum", "sum"]
-Beside = Literal["", "step", "pieces", "latent gradients", "decoding", "sorting", "reducing", "updating"]
+Beside = Literal["", "step", "pieces", "decoding", "sorting", "reducing", "updating"]
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,10 @@ class Volume:
     payload: int
     """Bytes of the tensor that a process hands in."""
     beside: Beside = ""
-    """What is computed while it travels: nothing, the step before, the decoding of other pieces or their latent
-    gradients, the decoding of the batch, its sort, W_dec's gradient, or W_dec's update."""
+    """What is computed while it travels: nothing, the step before, the decoding of other pieces of the batch,
+    that of all of it, its sort, W_dec's gradient, or W_dec's update."""
     calls: int = 1
     """Collectives that share the payload."""
-    last: float = 0.0
-    """The share of it that nothing is computed beside: the last of its pieces."""
 
     @property
     def sent(self) -> float:
@@ -72,20 +70,17 @@ def _forward(job: Job, layout: Layout, rank: Rank) -> list[Volume]:
     shards, d = layout.n_shards, job.d_model
     own = sum(n * -(-rows // shards) for rows, n in rank.micro_batches)
     calls = sum(n * n_pieces(rows, layout) for rows, n in rank.micro_batches)
-    values, last = rank.rows * rank.candidates * 4, rank.n_micro_batches / calls
+    values, partial = rank.rows * rank.candidates * 4, own * shards * d * 4
     return [
         Volume("candidates' values", "shards", shards, "gather", values, calls=rank.n_micro_batches),
-        Volume("reconstruction", "shards", shards, "scatter_sum", own * shards * d * 4, "pieces", calls, last),
-        Volume(
-            "gradient of reconstruction", "shards", shards, "gather", own * d * job.itemsize, "latent gradients", calls,
-            last,
-        ),
-    ]  # fmt: skip
+        Volume("reconstruction", "shards", shards, "scatter_sum", partial, "pieces", calls),
+        Volume("gradient of reconstruction", "shards", shards, "gather", own * d * job.itemsize, "pieces", calls),
+    ]
 
 
 def n_pieces(rows: int, layout: Layout) -> int:
     """In how many pieces a GPU's micro-batch of `rows` tokens is decoded, if there are several shards."""
-    return len(list(pieces(rows, layout.n_shards, PIECES["cuda"])))
+    return len(list(pieces_of(rows, layout.n_shards, PIECES["cuda"])))
 
 
 def _auxk(job: Job, layout: Layout, rank: Rank) -> list[Volume]:
