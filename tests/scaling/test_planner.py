@@ -1,6 +1,7 @@
 """The planner prefers what must be better, and time and memory move the way they must.
 
-Seen to fail when: a ring between nodes is as fast as one inside; half of the biases' moments are forgotten.
+Seen to fail when: a ring between nodes is as fast as one inside; half of the biases' moments are forgotten; gradients are
+added up for nothing.
 """
 
 from dataclasses import replace
@@ -18,7 +19,7 @@ from topkapi.scaling.hardware import H100, H200, Link
 from topkapi.scaling.memory import fits, memory, total, weights_and_state
 from topkapi.scaling.planner import Search, for_picture, plan, plans
 from topkapi.scaling.shapes import Job, Layout, rank_of
-from topkapi.scaling.step_time import Path, collective_seconds, path_of, step_time
+from topkapi.scaling.step_time import UPDATE, Path, collective_seconds, compute, path_of, step_time
 from topkapi.scaling.volumes import Volume
 
 PAPER = Job(n_latents=2**24, d_model=12_288, k=256, batch_tokens=131_072)
@@ -142,6 +143,12 @@ def test_micro_batches_take_gradients_of_the_weights_size_and_time_to_add_them_u
         assert step_time(WIDE, halves, H200).seconds > step_time(WIDE, whole, H200).seconds
         times = [step_time(WIDE, replace(layout, micro_batch_tokens=n), H200).seconds for n in (2**10, 2**12, 2**14)]
         assert times == sorted(times, reverse=True)
+    moved = [
+        compute(WIDE, layout, rank_of(WIDE, layout), H200.cache)[UPDATE]["bytes"]
+        for layout in (Layout(n_shards=8, micro_batch_tokens=n) for n in (2**13, 2**12))
+    ]
+    read_and_written = 16 * (2 * 2**17 * 4096) * 16  # 16 more micro-batches, bytes of a number
+    assert moved[1] - moved[0] == pytest.approx(read_and_written, rel=0.05)
 
 
 def test_a_batch_that_fits_in_no_micro_batches_is_cut_to_one_that_does():
