@@ -1,7 +1,7 @@
 """The planner prefers what must be better, and time and memory move the way they must.
 
-Seen to fail when: a ring between nodes is as fast as one inside; half of the biases' moments are forgotten; gradients are
-added up for nothing.
+Seen to fail when: a ring between nodes is as fast as one inside; half of the biases' moments are forgotten; adding up
+gradients of micro-batches costs nothing.
 """
 
 from dataclasses import replace

@@ -6,11 +6,11 @@ from pathlib import Path
 from topkapi.figures import pyplot
 from topkapi.files import write_atomic
 from topkapi.scaling.planner import Plan
-from topkapi.scaling.quantities import count_text
+from topkapi.scaling.quantities import count_text, ms_text
 from topkapi.scaling.report import ORDER, grouped
 
 COLOURS = ("#1f6fb4", "#7fb3dd", "#8a5fb0", "#2f9e77", "#d95f02", "#e6a817", "#777777")
-TALLEST = 4.5  # times the slowest step that fits
+TALLEST = 4.5  # times the fastest step that fits
 ACROSS = ("between shards", "between replicas", "between all")  # links, not the GPU: hatched
 
 
@@ -41,14 +41,15 @@ def _label(axes: object, found: Sequence[Plan], chosen: Plan, heights: Sequence[
     job = chosen.wanted
     limit = min(
         1.14 * max(heights),
-        TALLEST * max([h for h, one in zip(heights, found, strict=True) if one.fits], default=max(heights)),
+        TALLEST * min([h for h, one in zip(heights, found, strict=True) if one.fits], default=max(heights)),
     )
     for place, (one, height) in enumerate(zip(found, heights, strict=True)):
         is_chosen = one.layout.n_shards == chosen.layout.n_shards
-        text = f"{height:,.0f} ms" if height >= 10 else f"{height:.2g} ms"
-        text += "" if one.fits else "\ndoes not fit"
+        text = f"{ms_text(one.step.seconds)} ms" + ("" if one.fits else "\ndoes not fit")
         where = min(height, 0.92 * limit)  # a bar that is too long is cut off
-        axes.text(place, where, text, ha="center", va="bottom", fontsize=8, weight="bold" if is_chosen else "normal")
+        label = axes.text(place, where, text, ha="center", va="bottom", fontsize=8)
+        label.set_weight("bold" if is_chosen else "normal")
+        label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1.5} if height > limit else None)
     names = [f"{one.layout.n_shards}\nx {one.layout.n_replicas}" for one in found]
     axes.set_xticks(range(len(found)), names)
     axes.set_xlabel("shards x replicas")
