@@ -37,34 +37,42 @@ def _largest_with(key, wanted, low, high):
 
 @triton.jit
 def bound_rows(
-    sample_ptr, count_ptr, of_sample_ptr, group_ptr, value_ptr, bound_ptr, failed_ptr, counter_ptr, width, capacity,
-    rank, SECOND: tl.constexpr, GROUPS: tl.constexpr, TILE_GROUPS: tl.constexpr, EVERY: tl.constexpr,
+    sample_ptr, largest_ptr, count_ptr, of_sample_ptr, group_ptr, value_ptr, bound_ptr, failed_ptr, counter_ptr,
+    n_groups, capacity, rank,
+    SECOND: tl.constexpr, GROUPS: tl.constexpr, TILE_GROUPS: tl.constexpr, EVERY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row's bound, and the groups of its sample that reach it."""
-    slot = tl.program_id(0)
+    """A row's bound, from the maxima of its sample's groups, and the groups that reach it."""
+    slot = tl.program_id(0).to(tl.int64)
     row = slot
     if SECOND:
         if slot >= tl.load(counter_ptr + 2):
             return
-        row = tl.load(failed_ptr + slot)
-    g, e = tl.arange(0, GROUPS), tl.arange(0, 8)
-    inside = g < width // 8
-    at = row.to(tl.int64) * width + g[:, None] * 8 + e[None, :]
-    values = tl.load(sample_ptr + at, mask=inside[:, None] & (e >= 0)[None, :], other=float("-inf"))
-    key = tl.where(inside, _key(tl.max(values.to(tl.float32), 1).to(tl.bfloat16)), 0)
+        row = tl.load(failed_ptr + slot).to(tl.int64)
+    g = tl.arange(0, GROUPS)
+    inside = g < n_groups
+    largest = tl.load(largest_ptr + row * n_groups + g, mask=inside, other=float("-inf"))
+    key = tl.where(inside, _key(largest), 0)
     reached = _largest_with(key, rank, 0, tl.max(key) + 1)
     hit = (key >= reached) & inside
     to = tl.cumsum(hit.to(tl.int32), 0) - 1
-    keep = hit & (to < capacity)
-    to += slot.to(tl.int64) * capacity
     tile = g // TILE_GROUPS  # of the sample
-    tl.store(group_ptr + to, tile * (EVERY * TILE_GROUPS) + g % TILE_GROUPS, mask=keep)
-    kept = values.to(value_ptr.dtype.element_ty)
-    tl.store(value_ptr + to[:, None] * 8 + e[None, :], kept, mask=keep[:, None] & (e >= 0)[None, :])
+    number = tile * (EVERY * TILE_GROUPS) + g % TILE_GROUPS
+    tl.store(group_ptr + slot * capacity + to, number, mask=hit & (to < capacity))
     n_hits = tl.sum(hit.to(tl.int32))
     tl.store(count_ptr + slot, n_hits)  # to which the screen adds the other tiles' groups
     tl.store(of_sample_ptr + slot, n_hits)
     tl.store(bound_ptr + slot, _value(reached))
+    tl.debug_barrier()  # numbers are read back by other threads than wrote them
+    e = tl.arange(0, 8)
+    for start in range(0, min(n_hits, capacity), BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        some = place < min(n_hits, capacity)
+        kept = tl.load(group_ptr + slot * capacity + place, mask=some, other=0)
+        of_sample = kept // (EVERY * TILE_GROUPS) * TILE_GROUPS + kept % TILE_GROUPS
+        some8 = some[:, None] & (e >= 0)[None, :]
+        values = tl.load(sample_ptr + (row * n_groups + of_sample)[:, None] * 8 + e[None, :], mask=some8, other=0.0)
+        at = (slot * capacity + place)[:, None] * 8 + e[None, :]
+        tl.store(value_ptr + at, values.to(value_ptr.dtype.element_ty), mask=some8)
 
 
 @triton.jit
