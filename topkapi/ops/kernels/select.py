@@ -25,13 +25,19 @@ def _value(key):
 
 @triton.jit
 def _largest_with(key, wanted, low, high):
-    """The largest t with at least `wanted` keys >= t, known to lie in [low, high)."""
+    """The largest t with at least `wanted` keys >= t, known to lie in [low, high).
+
+    Steps down from `high`, twice as far each time, until there are enough: most thresholds are within an octave or two
+    of the largest key, 128 keys each, where halving the whole range would take 16 steps.
+    """
     low, high = low + tl.zeros((), tl.int32), high + tl.zeros((), tl.int32)
+    reach = tl.full((), 128, tl.int32)
     while high - low > 1:
-        middle = (low + high) // 2
+        middle = tl.maximum((low + high) // 2, high - reach)
         enough = tl.sum((key >= middle).to(tl.int32)) >= wanted
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
+        reach = tl.minimum(2 * reach, 65536)
     return low
 
 
@@ -127,19 +133,19 @@ def _candidates(
     at = slot.to(tl.int64) * capacity + g
     values, e = _group_values(value_ptr, at, live, GROUPS)
     key = tl.where(live[:, None], _key(values.to(tl.bfloat16)), -1)
-    first = _key(bound.to(tl.bfloat16))
+    first, top = _key(bound.to(tl.bfloat16)), tl.max(key) + 1
     if WIDE:
         reaches = True
         wanted = k + k // 4
     else:
-        kth = _largest_with(key, k, first, tl.max(key) + 1)  # below the bound nothing is trusted
+        kth = _largest_with(key, k, first, top)  # below the bound nothing is trusted
         cut = _value(kth) - margin * tl.abs(_value(kth))
         first = _key(cut.to(tl.bfloat16))
         reaches = cut >= bound
         wanted = k
     n_wide = tl.sum((key >= first).to(tl.int32))
     if n_wide > C:  # the smallest key with at most C candidates
-        first = _largest_with(key, C + 1, first, 65536) + 1
+        first = _largest_with(key, C + 1, first, top) + 1
     n_found = tl.sum((key >= first).to(tl.int32))
     trusted = reaches & (n_found >= wanted)
     if STRICT:
