@@ -1,7 +1,7 @@
 """Seen to fail when: a checkpoint is written under its final name at once; a damaged checkpoint counts as none, so that
 training starts again from step 0 without a word; pruning keeps the oldest; rows are sharded over the replicas; what is
-written in the background is the state itself; old checkpoints go before the new one is there; an error of the
-background is not raised."""
+written in the background is the state itself; old checkpoints go before the new one is there; the next one does not wait
+for the last; an error of the background is not raised."""
 
 import errno
 import itertools
@@ -126,8 +126,10 @@ def held(monkeypatch):
     return go
 
 
-def test_the_background_writes_the_state_as_it_was_and_then_removes_old_ones(run, held):
-    saver, state = checkpoint.Saver(keep=2, in_background=True), tensors(20)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_background_writes_the_state_as_it_was_and_then_removes_old_ones(run, held, device):
+    saver = checkpoint.Saver(keep=2, in_background=True)
+    state = {name: tensor.to(device) for name, tensor in tensors(20).items()}
     saver.save([checkpoint.Snapshot(run, 20, state, META)])
     for tensor in state.values():
         tensor.zero_()  # training goes on

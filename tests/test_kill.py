@@ -1,8 +1,8 @@
 """Training killed with SIGKILL at any moment, continued, ends exactly as if nothing had happened.
 
 Half of the kills come before a chosen file operation (of tokenizing, caching activations, checkpoints, publishing),
-the others at a random time. Seen to fail when: a checkpoint is written under its final name; metrics of steps after the
-checkpoint are kept.
+the others at a random time; training goes on while a checkpoint is written, or waits. Seen to fail when: a checkpoint
+is written under its final name; metrics of steps after the checkpoint are kept.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Seen to fail when: the dead counters, the EMA or the data position are not restored; a signal before the first step
 after a resume finds no loss to check; checkpoints are pruned before all runs side by side have the new one; the
-autoencoders side by side share a dead counter."""
+autoencoders side by side share a dead counter; an error of a checkpoint beside training is not raised."""
 
 import errno
 import json
