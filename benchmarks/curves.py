@@ -18,12 +18,12 @@ from torch import Tensor
 from topkapi import Autoencoder
 from topkapi.config import AuxKConfig, OptimConfig
 from topkapi.dead import DeadCounter
-from topkapi.gradients import topk_step
 from topkapi.loss import mse_scale
 from topkapi.model import PARAMETERS, Working
 from topkapi.ops import reference_only
 from topkapi.ops.normalise import normalise
 from topkapi.optim import Optimizer
+from topkapi.step import topk_step
 
 VARIANTS = {
     "plain PyTorch, float32": ("float32", "float32"),
@@ -55,7 +55,7 @@ def train(options: argparse.Namespace, batches: list[Tensor], start: dict[str, T
     ae.load_state_dict(start)
     if state == "low_memory":
         ae.W_enc.data, ae.W_dec.data = ae.W_enc.data.bfloat16(), ae.W_dec.data.bfloat16()
-    working = Working.of(ae, precision)
+    working = Working(ae, precision)
     optimizer = Optimizer(ae, OptimConfig(lr=options.lr, ema_decay=0.0, state=state), working)
     counter, auxk = DeadCounter(options.n_latents, options.device), AuxKConfig(auxk=64, dead_after=options.batch * 20)
     losses = []

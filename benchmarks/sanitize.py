@@ -11,10 +11,10 @@ import torch
 from topkapi import Autoencoder, ops
 from topkapi.config import AuxKConfig, OptimConfig
 from topkapi.dead import DeadCounter
-from topkapi.gradients import topk_step
 from topkapi.model import Working
 from topkapi.ops.normalise import normalise
 from topkapi.optim import Optimizer
+from topkapi.step import topk_step
 
 SHAPES = ((100, 5_000, 48, 8), (33, 4_100, 272, 40), (7, 900, 21, 5))  # n, n_latents, d_model, k
 
@@ -27,7 +27,7 @@ def steps(n: int, n_latents: int, d_model: int, k: int, precision: str, state: s
     if state == "low_memory":
         for name in ("W_enc", "W_dec"):
             getattr(ae, name).data = getattr(ae, name).data.bfloat16()
-    working = Working.of(ae, precision)
+    working = Working(ae, precision)
     optimizer = Optimizer(ae, OptimConfig(lr=1e-3, clip_norm=1.0, ema_decay=0.9, state=state), working)
     counter = DeadCounter(n_latents, "cuda")
     counter.silent_for[100:400] = 1_000_000

@@ -25,11 +25,11 @@ from topkapi import Autoencoder
 from topkapi.config import AuxKConfig, OptimConfig, ParallelConfig
 from topkapi.dead import DeadCounter
 from topkapi.figures import pyplot
-from topkapi.gradients import topk_step
 from topkapi.model import Working
 from topkapi.ops.normalise import normalise
 from topkapi.optim import Optimizer
 from topkapi.parallel import ALONE, Mesh, open_mesh
+from topkapi.step import topk_step
 
 CASES = [  # n_latents, d_model, tokens a GPU, precision
     (131_072, 768, 65_536, "bf16"),
@@ -45,12 +45,11 @@ class Stepper:
     def __init__(self, case: tuple[int, int, int, str], mesh: Mesh, device: torch.device, exchange: str) -> None:
         n_latents, d_model, batch, precision = case
         self.mesh, self.parallel = mesh, ParallelConfig(shards=mesh.n_shards, exchange=exchange)
-        part = mesh.latents(n_latents)
-        self.ae = Autoencoder(d_model=d_model, n_latents=n_latents, k=32 if n_latents > 96 else 4, latents=part)
-        self.ae = self.ae.to(device)
-        self.working = Working.of(self.ae, precision)
+        k, part = 32 if n_latents > 96 else 4, mesh.owned(n_latents)
+        self.ae = Autoencoder(d_model=d_model, n_latents=n_latents, k=k, latents=part).to(device)
+        self.working = Working(self.ae, precision, mesh)
         self.optimizer = Optimizer(self.ae, OptimConfig(lr=1e-7, ema_decay=0.0), self.working, mesh)
-        self.dead = DeadCounter(part.stop - part.start, device, mesh)
+        self.dead = DeadCounter(len(self.working.latent_bias), device, mesh)
         generator = torch.Generator(device).manual_seed(mesh.replica)  # a replica's shards read the same
         n = batch * mesh.n_shards
         self.raw = torch.randn(n, d_model, generator=generator, device=device)

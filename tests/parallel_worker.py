@@ -20,14 +20,15 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
 
+from topkapi import exchange
 from topkapi.config import AuxKConfig, LossConfig, OptimConfig, ParallelConfig
 from topkapi.dead import DeadCounter
-from topkapi.gradients import relu_step, topk_step
 from topkapi.loss import mse_scale
-from topkapi.model import PARAMETERS, Autoencoder, Working
+from topkapi.model import OF_LATENTS, PARAMETERS, Autoencoder, Working
 from topkapi.ops import kernels_only
 from topkapi.optim import Optimizer
-from topkapi.parallel import ALONE, Mesh, open_mesh
+from topkapi.parallel import ALONE, Mesh, mesh_of, open_mesh
+from topkapi.step import relu_step, topk_step
 
 D_MODEL, BATCH, DEAD_AFTER = 24, 48, 100
 AUXK = AuxKConfig(auxk=7, coefficient=1 / 4, dead_after=DEAD_AFTER)
@@ -67,6 +68,9 @@ def cases(world: int) -> dict[str, Case]:
         found[f"{name} float32"] = replace(base, dtype=torch.float32, lists_ahead=True)
         if n_shards < world:
             found[f"{name} dense"] = replace(base, n_latents=100, lists_ahead=True, parallel=dense)
+        if n_shards in (1, 2):
+            small = ParallelConfig(micro_batch_tokens=max(BATCH * n_shards // world // 3, 1))
+            found[f"{name} micro"] = replace(base, parallel=small)
         if n_shards == 1:
             found[f"{name} relu"] = replace(base, relu=True, steps=5)
         if n_shards > 1:
@@ -102,7 +106,7 @@ def round_(ae: Autoencoder) -> None:
 
 
 def made(case: Case, sample: torch.Tensor, mesh: Mesh) -> Autoencoder:
-    latents = mesh.latents(case.n_latents)
+    latents = mesh.owned(case.n_latents)
     ae = Autoencoder(d_model=D_MODEL, n_latents=case.n_latents, k=case.k, latents=latents).to(case.dtype)
     ae.activation = "relu" if case.relu else "topk"
     ae.initialise_(sample, 1.5 if case.ties else 1.0, mesh)
@@ -117,16 +121,21 @@ def made(case: Case, sample: torch.Tensor, mesh: Mesh) -> Autoencoder:
 
 
 def course(case: Case, mesh: Mesh = ALONE) -> dict[str, Any]:
-    """Train, and everything that must not depend on the mesh: by name, what is a shard's under `shard`."""
+    """Train, and everything that must not depend on the mesh, by name.
+
+    What has a row for each latent of a shard is under `shard`, what has one for each that the process owns under
+    `own`, the rest under `whole`.
+    """
     sample, *steps = (x.to(case.dtype) for x in batches(case))
     ae = made(case, sample, mesh)
     config = OptimConfig(lr=3e-3, eps=1e-6, clip_norm=0.05, ema_decay=0.9)
-    optimizer = Optimizer(ae, config, Working.of(ae), mesh)
-    counter = DeadCounter(len(ae.W_enc), mesh=mesh)
+    optimizer = Optimizer(ae, config, Working(ae, mesh=mesh), mesh)
+    counter = DeadCounter(len(optimizer.working.latent_bias), mesh=mesh)
     counter.lists_ahead = case.lists_ahead
-    counter.silent_for[ae.latent_bias < 0] = DEAD_AFTER  # in the last shards alone, to begin with
-    first = {name: getattr(ae, name).detach().clone() for name in ("W_enc", "W_dec")}
-    whole, shard = {"pre_bias at first": ae.pre_bias.detach().clone()}, {f"{n} at first": t for n, t in first.items()}
+    optimizer.working.finish("latent_bias")
+    counter.silent_for[optimizer.working.latent_bias < 0] = DEAD_AFTER  # in the last shards alone, to begin with
+    whole, shard = {"pre_bias at first": ae.pre_bias.detach().clone()}, {}
+    own = {f"{name} at first": getattr(ae, name).detach().clone() for name in ("W_enc", "W_dec")}
     part = slice(case.batch // mesh.n_replicas * mesh.replica, case.batch // mesh.n_replicas * (mesh.replica + 1))
     with ExitStack() as stack:
         if case.kernels:
@@ -136,7 +145,7 @@ def course(case: Case, mesh: Mesh = ALONE) -> dict[str, Any]:
             shard[f"dead {number}"] = counter.dead(DEAD_AFTER)
             x, parallel = x[part], case.parallel
             if case.relu:
-                step = relu_step(ae, x, mse_scale(sample), RELU, mesh)
+                step = relu_step(ae, x, mse_scale(sample), RELU, optimizer.working, mesh)
             else:
                 step = topk_step(ae, x, mse_scale(sample), subset, AUXK, optimizer.working, mesh, parallel)
             found = step.gradients
@@ -144,33 +153,33 @@ def course(case: Case, mesh: Mesh = ALONE) -> dict[str, Any]:
             whole[f"l0 {number}"], whole[f"pre_bias gradient {number}"] = step.l0, found.pre_bias
             if step.lost is not None:
                 whole[f"lost {number}"] = step.lost
-            shard[f"W_enc gradient {number}"], shard[f"W_dec gradient {number}"] = found.W_enc.all(), found.W_dec.all()
-            shard[f"latent_bias gradient {number}"] = found.latent_bias.clone()
+            own[f"W_enc gradient {number}"], own[f"W_dec gradient {number}"] = found.W_enc.all(), found.W_dec.all()
+            own[f"latent_bias gradient {number}"] = found.latent_bias.clone()
             shard[f"fired {number}"] = step.fired
             whole[f"norm {number}"] = optimizer.step_(ae, found, 3e-3)
             counter.count_(step.fired, case.batch)
             if case.ties:
+                optimizer.working.finish(*OF_LATENTS)  # rows that travel must not change
                 round_(ae)
+                optimizer.working.read(ae)
             shard[f"silent_for {number}"] = counter.silent_for.clone()
     averaged = optimizer.averaged(ae)
     for name in PARAMETERS:
-        where = whole if name == "pre_bias" else shard
+        where = whole if name == "pre_bias" else own
         where[name], where[f"{name} averaged"] = getattr(ae, name).detach(), averaged[name]
-    return {"whole": whole, "shard": shard}
+    return {"whole": whole, "shard": shard, "own": own}
 
 
 def work(world: int, rank: int, folder: Path, names: list[str]) -> None:
     """What one rank does."""
-    from torch.distributed import init_device_mesh
-
     torch.set_num_threads(1)
+    exchange.PIECES["cpu"], exchange.FEWEST = 3, 4
     with open_mesh(world, "cpu", timedelta(seconds=LIMIT)) as mesh:
         assert (mesh.n_replicas, mesh.n_shards, mesh.rank) == (1, world, rank)
         for name in names:
             case = (cases(world) | kernel_cases())[name]
-            shape = (world // case.n_shards, case.n_shards)
-            device_mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards"))
-            torch.save(course(case, Mesh(*shape, rank, device_mesh)), folder / f"{name}-{rank}.pt")
+            found = course(case, mesh_of(case.n_shards, rank, world, "cpu"))
+            torch.save(found, folder / f"{name}-{rank}.pt")
 
 
 def launch(world: int, folder: Path, names: list[str]) -> int:

@@ -8,9 +8,10 @@ import torch
 
 from topkapi import Autoencoder
 from topkapi.config import AuxKConfig, LossConfig, OptimConfig
-from topkapi.gradients import DeadSubset, relu_step, topk_step
+from topkapi.gradients import DeadSubset
 from topkapi.loss import mse_scale
 from topkapi.optim import Optimizer
+from topkapi.step import relu_step, topk_step
 
 D_MODEL, N_LATENTS, BATCH, STEPS = 24, 64, 256, 400
 

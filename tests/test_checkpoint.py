@@ -194,10 +194,14 @@ def whole_state():
 def part_of_state(mesh, fill=None):
     """This process's part; with `fill`, tensors of its shape and nothing of its content."""
     rows, same = whole_state()
-    mine = {name: tensor[mesh.latents(37)].clone() for name, tensor in rows.items()} | same
+    parts = {name: mesh.latents(37) if name == "silent_for" else mesh.owned(37) for name in rows}
+    mine = {name: tensor[parts[name]].clone() for name, tensor in rows.items()} | same
     if fill is not None:
         mine = {name: torch.full_like(tensor, fill) for name, tensor in mine.items()}
-    return mine, {name: checkpoint.Rows(x, 37) if name in rows else x for name, x in mine.items()}
+    state = {
+        name: checkpoint.Rows(x, 37, of_shard=name == "silent_for") if name in rows else x for name, x in mine.items()
+    }
+    return mine, state
 
 
 def save_in_world(run, n_shards):

@@ -9,11 +9,12 @@ import torch
 from topkapi import Autoencoder, ops
 from topkapi.config import AuxKConfig, OptimConfig
 from topkapi.dead import DeadCounter
-from topkapi.gradients import DeadSubset, Step, topk_step
+from topkapi.gradients import DeadSubset
 from topkapi.loss import mse_scale
 from topkapi.model import PARAMETERS, Working
 from topkapi.ops.dispatch import reference_only
 from topkapi.optim import Optimizer
+from topkapi.step import Step, topk_step
 
 pytestmark = pytest.mark.gpu
 
@@ -77,7 +78,7 @@ def test_bf16_gradients_are_as_exact_as_pytorchs(n_dead: int, auxk: int) -> None
     x = x.bfloat16()
     mask = torch.zeros(8192, dtype=torch.bool, device="cuda")
     mask[torch.randperm(8192, device="cuda")[:n_dead]] = True
-    dead, config, working = DeadSubset.of(mask), AuxKConfig(auxk=auxk), Working.of(ae, "bf16")
+    dead, config, working = DeadSubset.of(mask), AuxKConfig(auxk=auxk), Working(ae, "bf16")
     exact_ae = Autoencoder(d_model=256, n_latents=8192, k=16).cuda().double()
     for name in PARAMETERS:
         source = getattr(working, name) if name.startswith("W") else getattr(ae, name)
@@ -98,7 +99,7 @@ def trained(precision: str, auxk: int = 32) -> tuple[Autoencoder, DeadCounter]:
     ae = Autoencoder(d_model=128, n_latents=16_384, k=8).cuda()
     batches = [ae.normalise(torch.randn(n_tokens, 128, device="cuda")).x for _ in range(12)]
     ae.initialise_(batches[0])
-    scale, working = mse_scale(batches[0]), Working.of(ae, precision)
+    scale, working = mse_scale(batches[0]), Working(ae, precision)
     counter = DeadCounter(ae.n_latents, "cuda")
     optimizer = Optimizer(ae, OptimConfig(lr=1e-3), working)
     try:

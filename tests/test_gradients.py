@@ -10,13 +10,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from topkapi import gradients as module
+from topkapi import auxk as module
 from topkapi import loss
 from topkapi.config import AuxKConfig, LossConfig
-from topkapi.gradients import DeadSubset, Step, relu_step, topk_step
+from topkapi.gradients import DeadSubset
 from topkapi.model import PARAMETERS, Autoencoder, Working
 from topkapi.ops import auxk
 from topkapi.ops.dispatch import kernels_only, reference_only
+from topkapi.step import Step, relu_step, topk_step
 
 N, D_MODEL, N_LATENTS, K = 64, 10, 48, 5
 FEW = 12  # tokens, where Triton's interpreter runs: it takes tens of milliseconds each
@@ -122,7 +123,7 @@ def test_bf16_kernels_are_as_exact_as_bf16_pytorch(n_dead: int) -> None:
     ae, x = ae.float(), x[:FEW].bfloat16()
     dead = dead_latents(n_dead)
     rounded = Autoencoder(d_model=D_MODEL, n_latents=N_LATENTS, k=K)
-    working = Working.of(ae, "bf16")
+    working = Working(ae, "bf16")
     for name in PARAMETERS:
         source = getattr(working, name) if name.startswith("W") else getattr(ae, name)
         getattr(rounded, name).data = source.detach().double()

@@ -15,7 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ROOMS_OF_LAYER = {
     0: ["config", "errors", "ops", "files", "console", "parallel", "geometric_median", "published"],
     1: ["model", "loss", "exchange", "gradients"],
-    2: ["optim", "checkpoint", "formats", "data", "dead", "metrics"],
+    2: ["auxk", "step", "optim", "checkpoint", "formats", "data", "dead", "metrics"],
     3: ["train", "evaluate", "figures", "study", "scaling"],
     4: ["cli", "recipes", "viewer", "demo", "bench", "__main__", "__init__"],
 }
@@ -25,8 +25,8 @@ LAYER = {room: layer for layer, rooms in ROOMS_OF_LAYER.items() for room in room
 SIDEWAYS = {
     "parallel": {"config", "console"},
     "published": {"files"},
-    "gradients": {"model", "loss", "exchange"},
     "model": {"exchange"},
+    "step": {"auxk"},
     "train": {"evaluate"},
     "scaling": {"figures"},
     "cli": {"bench", "demo", "recipes", "viewer"},

@@ -127,13 +127,14 @@ def sparse_gradients(seed: int) -> Gradients:
 
     indices = torch.randint(N_LATENTS, (9, 2), generator=generator)
     order = ops.implementation(indices).order_by_latent(indices, N_LATENTS)
-    subset = torch.tensor([0, 9, 10, N_LATENTS - 1])
+    position = torch.full((N_LATENTS,), -1, dtype=torch.int32)
+    position[[0, 9, 10, N_LATENTS - 1]] = torch.arange(4, dtype=torch.int32)
     weights = [
         WeightGradient(
             N_LATENTS,
             sparse=SparseRows(draw(9, 2), order, draw(9, D_MODEL)),
-            subset=subset,
             subset_rows=draw(4, D_MODEL),
+            position=position,
         )
         for _ in range(2)
     ]
@@ -167,7 +168,7 @@ def test_kernels_do_the_same(clip_norm: float) -> None:
     found = []
     for implementation in (ops.reference_only, ops.kernels_only):
         ae = made().float().to(device)
-        optimizer = Optimizer(ae, config, Working.of(ae, "bf16"))
+        optimizer = Optimizer(ae, config, Working(ae, "bf16"))
         with implementation():
             for step in range(3):
                 gradients = sparse_gradients(step)
@@ -185,7 +186,7 @@ def moved(gradients: Gradients, device: str) -> Gradients:
         sparse = part.sparse
         order = type(sparse.order)(*(tensor.to(device) for tensor in sparse.order))
         rows = SparseRows(sparse.values.to(device), order, sparse.rows.to(device))
-        subset = {"subset": part.subset.to(device), "subset_rows": part.subset_rows.to(device)}
+        subset = {"subset_rows": part.subset_rows.to(device), "position": part.position.to(device)}
         return WeightGradient(part.n_latents, sparse=rows, **subset)
 
     biases = (gradients.latent_bias.to(device), gradients.pre_bias.to(device))
@@ -194,12 +195,12 @@ def moved(gradients: Gradients, device: str) -> Gradients:
 
 def test_working_weights_follow() -> None:
     ae = made().float()
-    working = Working.of(ae, "bf16")
+    working = Working(ae, "bf16")
     optimizer = Optimizer(ae, OptimConfig(lr=0.1), working)
     optimizer.step_(ae, sparse_gradients(0), 0.1)
     assert torch.equal(working.W_enc, ae.W_enc.bfloat16())
     assert torch.equal(working.W_dec, ae.W_dec.bfloat16())
-    same = Working.of(ae)
+    same = Working(ae)
     Optimizer(ae, OptimConfig(lr=0.1), same).step_(ae, sparse_gradients(1), 0.1)
     assert torch.equal(same.W_dec, ae.W_dec)
 

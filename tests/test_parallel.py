@@ -25,10 +25,11 @@ from tests.parallel_worker import DEAD_AFTER, LIMIT, Case, batches, cases, cours
 from topkapi.config import AuxKConfig, LossConfig, ModelConfig, ParallelConfig, TrainConfig
 from topkapi.errors import TopkapiError
 from topkapi.exchange import auxk_candidates_of, candidates, candidates_of, cheaper_exchange
-from topkapi.gradients import DeadSubset, topk_step
-from topkapi.model import Autoencoder
+from topkapi.gradients import DeadSubset
+from topkapi.model import Autoencoder, Working
 from topkapi.ops import reference
 from topkapi.parallel import ALONE, Mesh
+from topkapi.step import _Batch, topk_step
 
 ROOT = Path(__file__).parents[1]
 WORLDS = [2, pytest.param(4, marks=pytest.mark.many_ranks), pytest.param(8, marks=pytest.mark.many_ranks)]
@@ -84,14 +85,16 @@ def alone() -> Any:
 
 
 def joined(ranks: list[dict[str, Any]], case: Case) -> dict[str, torch.Tensor]:
-    """What the shards of the first replica have, together, and what all of them have."""
+    """What the shards of the first replica have, together, what owners have, and what all of them have."""
     shards = [rank["shard"] for rank in ranks[: case.n_shards]]
-    return ranks[0]["whole"] | {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
+    owners = [rank["own"] for shard in range(case.n_shards) for rank in ranks[shard :: case.n_shards]]
+    found = [{name: torch.cat([one[name] for one in some]) for name in some[0]} for some in (shards, owners)]
+    return ranks[0]["whole"] | found[0] | found[1]
 
 
 def assert_equal(ranks: list[dict[str, Any]], one: dict[str, Any], case: Case) -> None:
     """What the ranks found is what one process found."""
-    ours, wanted = joined(ranks, case), one["whole"] | one["shard"]
+    ours, wanted = joined(ranks, case), one["whole"] | one["shard"] | one["own"]
     assert ours.keys() == wanted.keys()
     for what, tensor in wanted.items():
         # Adam divides by the root of small gradients' squares: rounding errors of float32 grow from step to step
@@ -233,12 +236,26 @@ def test_shards_of_random_latents_lose_what_the_binomial_says(k: int) -> None:
 
 
 def test_the_exchange_with_fewer_bytes_is_taken() -> None:
-    # dense: 2 (2 32768 768 + 32768) 4 / 2 = 201 MB a step for 2 replicas; sparse: a token 2 768 2 + 12 32 = 3456 bytes
-    assert cheaper_exchange(2, 58_000, 32_768, 768, 32, 2) == "sparse"
-    assert cheaper_exchange(2, 59_000, 32_768, 768, 32, 2) == "dense"
-    assert cheaper_exchange(8, 14_000, 32_768, 768, 32, 2) == "sparse"
-    assert cheaper_exchange(8, 15_000, 32_768, 768, 32, 2) == "dense"
-    assert cheaper_exchange(8, 15_000, 131_072, 768, 32, 2) == "sparse"
+    # dense: 2 32768 768 4 / 2 = 101 MB a step for 2 replicas; sparse: a token 2 768 2 + 12 32 = 3456 bytes
+    assert cheaper_exchange(2, 29_000, 32_768, 768, 32, 2) == "sparse"
+    assert cheaper_exchange(2, 29_500, 32_768, 768, 32, 2) == "dense"
+    assert cheaper_exchange(8, 7_000, 32_768, 768, 32, 2) == "sparse"
+    assert cheaper_exchange(8, 7_500, 32_768, 768, 32, 2) == "dense"
+    assert cheaper_exchange(8, 7_500, 131_072, 768, 32, 2) == "sparse"
+
+
+def test_auto_is_the_exchange_with_fewer_bytes() -> None:
+    weights = object.__new__(Working)
+    weights.W_enc = torch.empty(0, 768, dtype=torch.bfloat16)
+    given = (32, 131_072, torch.zeros(768), weights, 1.0, 1)
+    for n_tokens, parallel, sends_rows in (
+        (29_000, ParallelConfig(), True),
+        (29_500, ParallelConfig(), False),
+        (29_500, ParallelConfig(exchange="sparse"), True),
+        (29_000, ParallelConfig(exchange="dense"), False),
+    ):
+        batch = _Batch(*given, Mesh(2, 4), parallel)
+        assert batch.replicas_send_rows(torch.empty(n_tokens, 768, device="meta")) == sends_rows
 
 
 @pytest.mark.parametrize("n_latents", [5, 16, 37])
@@ -263,6 +280,7 @@ def test_a_shard_starts_with_its_rows(n_latents: int, monkeypatch: pytest.Monkey
         ({"capacity": 0.0}, "above 0"),
         ({"candidates": -1}, "0 \\(chosen\\)"),
         ({"candidates": 4}, "selection capacity"),
+        ({"micro_batch_tokens": -1}, "micro_batch_tokens"),
     ],
 )
 def test_wrong_settings_are_refused(wrong: dict[str, Any], said: str) -> None:

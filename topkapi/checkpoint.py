@@ -2,7 +2,7 @@
 
 RUN/checkpoints/step-00000250/ holds the state as torch.distributed.checkpoint writes it, a file a process
 (__0_0.distcp ...) and .metadata, and manifest.json (step, tokens, data order, checksums of those files). Each process
-writes the rows of the latents that it holds; whatever mesh reads them, one process or many, each takes its own rows
+writes the rows of the latents that it owns; whatever mesh reads them, one process or many, each takes its own rows
 from the files that have them. All processes see one file system.
 
 A checkpoint is written under another name, flushed, and renamed by rank 0 when all have written: it is there whole or
@@ -42,10 +42,12 @@ COPY_AHEAD = 10_000_000  # bytes brought from a GPU while those before them are 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a latent-indexed tensor: those of this process's shard, of `n_latents` in all."""
+    """Rows of a latent-indexed tensor: those that this process owns, of `n_latents` in all."""
 
     local: Tensor
     n_latents: int
+    of_shard: bool = False
+    """Whether they are instead all rows of the shard, the same on its replicas."""
 
 
 State = Mapping[str, Tensor | Rows]
@@ -292,7 +294,12 @@ def _as_whole(value: Tensor | Rows, mesh: Mesh) -> Tensor:
     local = value.local.contiguous()
     shape = torch.Size((value.n_latents, *local.shape[1:]))
     return DTensor.from_local(
-        local, mesh.device_mesh, (Replicate(), Shard(0)), run_check=False, shape=shape, stride=local.stride()
+        local,
+        mesh.device_mesh,
+        (Shard(0), Replicate() if value.of_shard else Shard(0)),
+        run_check=False,
+        shape=shape,
+        stride=local.stride(),
     )
 
 

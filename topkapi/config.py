@@ -222,8 +222,13 @@ class ParallelConfig:
     """What replicas send each other. sparse: activations, their gradients and sparse codes; dense: weight gradients,
     whose size does not depend on the batch. auto takes the one with fewer bytes."""
 
+    micro_batch_tokens: int = 0
+    """Tokens of a replica that a step goes through at a time, for batches that do not fit into memory; 0: all. The
+    result is that of the whole batch. Gradients are then dense, 8 bytes a parameter, and exchange is not read."""
+
     def __post_init__(self) -> None:
         _require(self, "shards", self.shards >= 1, "at least 1")
+        _require(self, "micro_batch_tokens", self.micro_batch_tokens >= 0, "0 (all of them) or more")
         _require(self, "capacity", 0 < self.capacity < math.inf, "a finite number above 0")
         _require(self, "candidates", self.candidates >= 0, "0 (chosen) or more")
         if self.candidates and self.selection == "exact":

@@ -1,7 +1,7 @@
 """What the processes that train one autoencoder tell each other during a step.
 
-Shards find the k largest pre-activations of a token together and sum their parts of its reconstruction; replicas see to
-it that each has the gradients of the whole batch. With one shard and one replica every function is the local
+Shards find the k largest pre-activations of a token together and sum their parts of its reconstruction. What replicas
+exchange is in `topkapi.step`, beside what it travels along with. With one shard every function is the local
 computation alone.
 
 Selection. Each shard puts its largest pre-activations forward, `candidates` a token, and gathers the values of all:
@@ -11,17 +11,16 @@ cost nothing after that. In exact mode a shard puts k forward, and nothing can b
 
 Reconstruction. Each shard decodes its latents; the parts are summed so that a shard gets the whole sum for its part of
 the tokens (reduce-scatter), from which it computes error and gradient; the gradients are then gathered. That is the
-traffic of one all-reduce with the gradient for free.
+traffic of one all-reduce with the gradient for free. On a GPU it goes in pieces: while one travels, the next is
+computed.
 
-Replicas. Sparse: everything that the weight gradients are made of is gathered, and each replica reduces all tokens.
-Dense: each reduces its own tokens and the results are summed.
-
-Called by `topkapi.gradients`. Source: Gao et al. 2024, appendix D.
+Called by `topkapi.step`. Source: Gao et al. 2024, appendix D.
 """
 
 import math
+from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -34,17 +33,9 @@ from topkapi.ops.auxk import SPARSE_ENTRY_BYTES, AuxKSums, DeadWeights, chunks, 
 from topkapi.parallel import Mesh
 
 LOST = 1e-3  # share of the k largest that candidates chosen from a capacity may lose, if latents are spread at random
+PIECES = {"cpu": 1, "cuda": 4}  # parts of a batch of which one travels while the next is computed
+FEWEST = 2048  # tokens of a part: collectives of fewer are all latency
 MEASURED_TOKENS = 256  # of each replica, on which the share that is lost is counted
-
-
-class Rows(NamedTuple):
-    """What the weight gradients of some tokens are made of."""
-
-    centred: Float[Tensor, "n d_model"]
-    grad_recon: Float[Tensor, "n d_model"]
-    values: Float[Tensor, "n c"]
-    grad_values: Float[Tensor, "n c"]
-    indices: Int[Tensor, "n c"]
 
 
 @lru_cache  # asked for in every step
@@ -101,12 +92,12 @@ def cheaper_exchange(
 ) -> Literal["sparse", "dense"]:
     """The way of summing gradients over replicas that sends fewer bytes.
 
-        dense   2 (R - 1) / R  (2 n_latents d_model + n_latents) 4           all-reduce of float32
-        sparse  (R - 1) n_tokens (2 d_model bytes_of_a_number + 12 n_candidates)           all-gather
+        dense   (R - 1) / R  2 n_latents d_model 4                                      reduce-scatter of float32
+        sparse  (R - 1) n_tokens (2 d_model bytes_of_a_number + 12 n_candidates)        all-gather
 
     for `n_tokens` a replica, activations of `bytes_of_a_number`, and `n_latents` a shard.
     """
-    dense = 2 / n_replicas * (2 * n_latents * d_model + n_latents) * 4
+    dense = 8 / n_replicas * n_latents * d_model
     sparse = n_tokens * (2 * d_model * bytes_of_a_number + 12 * n_candidates)
     return "sparse" if sparse <= dense else "dense"
 
@@ -170,37 +161,51 @@ def decode(
 
     See `topkapi.ops.reference.decode_step`; several shards use the gradient rounded to the dtype of `centred`.
     """
-    primitives = implementation(centred)
+    primitives, n = implementation(centred), len(centred)
     if mesh.n_shards == 1:
         return primitives.decode_step(values, indices, W_dec, centred, scale)
-    error = _summed_recon(values, indices, W_dec, mesh)
-    own = _own(centred, error, mesh)
-    error[: len(own)] -= own  # rows beyond are padding, and 0
-    squared_error = error.pow(2).sum(1)
-    grad_recon = mesh.gather(error.mul_(scale).to(centred.dtype), "shards")[: len(centred)]
-    grad_values = primitives.matmul_at_sparse_indices(grad_recon, W_dec, indices).mul_(values > 0)
-    return DecodeStep(squared_error, grad_recon, grad_values)
+    pieces = list(_pieces(n, mesh.n_shards, PIECES[centred.device.type]))
+    grad_recon = torch.empty_like(centred)
+    summed, gathered, squares, grad_values = {}, {}, [], []
+    for turn in range(len(pieces) + 2):  # a piece is decoded, one before differentiated, one before that finished
+        if turn < len(pieces):
+            rows = pieces[turn]
+            summed[turn] = _start_recon(values[rows], indices[rows], W_dec, mesh)
+        if turn - 1 in summed:
+            recon = summed.pop(turn - 1)()
+            own = _own(centred[pieces[turn - 1]], recon, mesh)
+            if len(own) < len(recon):  # the rest is padding, and 0
+                own = pad(own, (0, 0, 0, len(recon) - len(own)))
+            squared_error, grad = primitives.recon_gradient(recon, own, scale)
+            squares.append(squared_error)
+            gathered[turn - 1] = mesh.start_gather(grad, "shards")
+        if turn - 2 in gathered:
+            rows = pieces[turn - 2]
+            grad_recon[rows] = gathered.pop(turn - 2)()[: rows.stop - rows.start]
+            grad_values.append(primitives.matmul_at_sparse_indices(grad_recon[rows], W_dec, indices[rows]))
+    return DecodeStep(torch.cat(squares), grad_recon, torch.cat(grad_values).mul_(values > 0))
 
 
-def _summed_recon(values: Tensor, indices: Tensor, W_dec: Tensor, mesh: Mesh) -> Float[Tensor, "part d_model"]:
-    """The sum over shards of what they decode, for this shard's part of the tokens; the last are padded with zeros."""
+def _pieces(n: int, n_shards: int, n_pieces: int) -> Iterator[slice]:
+    """Parts of n tokens, of which all but the last are multiples of the shards; one empty part of none."""
+    size = max(-(-n // (n_pieces * n_shards)), -(-FEWEST // n_shards)) * n_shards
+    return (slice(start, min(start + size, n)) for start in range(0, max(n, 1), size))
+
+
+def _start_recon(
+    values: Tensor, indices: Tensor, W_dec: Tensor, mesh: Mesh
+) -> Callable[[], Float[Tensor, "part d_model"]]:
+    """Start to sum over shards what they decode; it comes for this shard's part of the tokens, the last being padding
+    of zeros."""
     sums = torch.float64 if W_dec.dtype == torch.float64 else torch.float32
     recon = implementation(W_dec).dense_sparse_matmul(values, indices, W_dec, sums)
     missing = -len(recon) % mesh.n_shards
-    return mesh.scatter_sum(pad(recon, (0, 0, 0, missing)) if missing else recon, "shards")
+    return mesh.start_scatter_sum(pad(recon, (0, 0, 0, missing)) if missing else recon, "shards")
 
 
 def _own(rows: Tensor, part: Tensor, mesh: Mesh) -> Tensor:
     """The rows that belong to this shard's part of the tokens, without padding."""
     return rows[mesh.shard * len(part) : (mesh.shard + 1) * len(part)]
-
-
-def of_all_replicas(rows: Rows, mesh: Mesh) -> Rows:
-    """The rows of the whole batch."""
-    if mesh.n_replicas == 1:
-        return rows
-    rows = rows._replace(indices=rows.indices.to(torch.int32))
-    return Rows(*(mesh.gather(part, "replicas") for part in rows))
 
 
 def auxk_sums(
@@ -235,7 +240,7 @@ def _auxk_part(
     mesh: Mesh,
 ) -> AuxKSums:
     values, indices = select(centred, weights.W_enc, weights.bias, weights.k, n_candidates, mesh)
-    recon = _summed_recon(values, indices, weights.W_dec, mesh)
+    recon = _start_recon(values, indices, weights.W_dec, mesh)()
     own = _own(grad_recon, recon, mesh)
     squared_error = implementation(centred).residual_gradient_(recon[: len(own)], own, inverse_scale, factor)
     grad = mesh.gather(recon.to(centred.dtype), "shards")[: len(centred)]

@@ -1,6 +1,6 @@
 """What an autoencoder is trained on: normalized MSE, AuxK and the L1 penalties, each defined once.
 
-`topkapi.gradients` differentiates these by hand for TopK; the definitions here are what its tests differentiate.
+`topkapi.step` differentiates these by hand for TopK; the definitions here are what its tests differentiate.
 """
 
 from dataclasses import dataclass, fields

@@ -1,6 +1,6 @@
 """The autoencoder: four parameters, encoding, decoding, normalisation and initialisation."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +21,7 @@ from topkapi.parallel import ALONE, Mesh
 DENSE_ELEMENTS = 2**25  # latents of a ReLU autoencoder in memory at a time
 DRAWN_TOGETHER = 2**16  # latents whose initial directions are one stream of random numbers
 PARAMETERS = ("W_enc", "W_dec", "latent_bias", "pre_bias")
+OF_LATENTS = PARAMETERS[:3]
 
 
 class Normalised(NamedTuple):
@@ -42,8 +43,9 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="topkapi", licen
     `from_pretrained` and `push_to_hub` work as everywhere; the published config.json holds the normalisation, the
     site, the language model's name and the training summary.
 
-    A shard holds the rows `latents` of them, those that a process alone would start with; it is an autoencoder only
-    together with the others (`topkapi.exchange`), and encodes and decodes nothing by itself.
+    One of several processes that train it holds the rows `latents` of them, those that a process alone would start
+    with; it is an autoencoder only together with the others (`topkapi.exchange`), and encodes and decodes nothing by
+    itself.
 
     Raises:
         TopkapiError: k > n_latents, or a size below 1.
@@ -96,19 +98,25 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="topkapi", licen
         if not median.converged:
             say(f"warning: the geometric median did not converge (slope {median.slope:.1e}); going on with it.")
         self.pre_bias.copy_(mesh.broadcast_(median.point.to(self.pre_bias.dtype)))
-        part = sample[:4096]
-        length = torch.cat([self._recon_length(rows, mesh) for rows in part.split(512)]).mean()
+        part, whole = sample[:4096], mesh.latents(self.n_latents)
+        shard = [
+            mesh.gather_rows(x.detach(), whole.stop - whole.start) for x in (self.W_enc, self.latent_bias, self.W_dec)
+        ]
+        length = torch.cat([self._recon_length(rows, *shard, mesh) for rows in part.split(512)]).mean()
         if length > 0:
             factor = encoder_scale * (part - self.pre_bias).norm(dim=1).mean() / length
             self.W_enc.mul_(mesh.broadcast_(factor))
 
-    def _recon_length(self, x: Float[Tensor, "n d_model"], mesh: Mesh) -> Float[Tensor, " n"]:
-        """|recon - pre_bias| of each token; on a mesh from all shards."""
-        if mesh.n_shards == 1:
-            return (self.decode(*self.encode(x)) - self.pre_bias).norm(dim=1)
+    def _recon_length(
+        self, x: Float[Tensor, "n d_model"], W_enc: Tensor, latent_bias: Tensor, W_dec: Tensor, mesh: Mesh
+    ) -> Float[Tensor, " n"]:
+        """|recon - pre_bias| of each token, from the rows of all shards."""
+        centred = x - self.pre_bias
+        if self.activation == "relu":
+            return (relu_latents(centred, W_enc, latent_bias) @ W_dec).norm(dim=1)
         width = min(self.k, -(-self.n_latents // mesh.n_shards))
-        code = exchange.select(x - self.pre_bias, self.W_enc, self.latent_bias, self.k, width, mesh)
-        return mesh.ordered_sum(ops.implementation(x).dense_sparse_matmul(*code, self.W_dec), "shards").norm(dim=1)
+        code = exchange.select(centred, W_enc, latent_bias, self.k, width, mesh)
+        return mesh.ordered_sum(ops.implementation(x).dense_sparse_matmul(*code, W_dec), "shards").norm(dim=1)
 
     @staticmethod
     def normalise(raw: Float[Tensor, "... d_model"]) -> Normalised:
@@ -131,13 +139,9 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="topkapi", licen
         For activation relu k is n_latents: all values, in order.
         """
         if self.activation == "relu":
-            values = self.relu_latents(x)
+            values = relu_latents(x - self.pre_bias, self.W_enc, self.latent_bias)
             return values, torch.arange(self.n_latents, device=x.device).expand(len(x), -1)
         return ops.encode_topk(x, self.W_enc, self.latent_bias, self.pre_bias, self.k)
-
-    def relu_latents(self, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n n_latents"]:
-        """All latents of a ReLU autoencoder, ReLU(W_enc (x - pre_bias) + latent_bias)."""
-        return torch.addmm(self.latent_bias, x - self.pre_bias, self.W_enc.T).relu()
 
     def decode(self, values: Float[Tensor, "n k"], indices: Int[Tensor, "n k"]) -> Float[Tensor, "n d_model"]:
         """The normalised reconstruction: the sum of the active latents' decoder rows, plus pre_bias."""
@@ -206,22 +210,78 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="topkapi", licen
         return ModelCard(_model_card(self))
 
 
-@dataclass
+def relu_latents(
+    centred: Float[Tensor, "n d_model"],
+    W_enc: Float[Tensor, "n_latents d_model"],
+    latent_bias: Float[Tensor, " n_latents"],
+) -> Float[Tensor, "n n_latents"]:
+    """All latents of a ReLU autoencoder, ReLU(W_enc centred + latent_bias)."""
+    return torch.addmm(latent_bias, centred, W_enc.T).relu()
+
+
 class Working:
-    """The weights in the form that a training step computes with; the optimiser keeps them up to date."""
+    """The weights of this shard in the form that a training step computes with; the optimiser keeps them up to date.
+
+    Replicas own a part of the rows each, and send each other what has changed. That goes on beside other work:
+    `finish` waits before the rows are read.
+    """
 
     W_enc: Float[Tensor, "n_latents d_model"]
     W_dec: Float[Tensor, "n_latents d_model"]
-    screening: Literal["bf16", "fp8"] = "bf16"
+    latent_bias: Float[Tensor, " n_latents"]
+    screening: Literal["bf16", "fp8"]
     """Precision in which `ops.encode_topk` looks for candidates on a GPU."""
+    own: slice
+    """The rows of the latents that this process owns."""
 
-    @classmethod
-    def of(cls, ae: Autoencoder, precision: Literal["float32", "bf16", "fp8"] = "float32") -> "Working":
-        """bf16 copies of an autoencoder's weights; the weights themselves where they have that dtype already."""
-        W_enc, W_dec = ae.W_enc.detach(), ae.W_dec.detach()
-        if precision != "float32":
-            W_enc, W_dec = W_enc.to(torch.bfloat16), W_dec.to(torch.bfloat16)
-        return cls(W_enc, W_dec, "fp8" if precision == "fp8" else "bf16")
+    def __init__(
+        self, ae: Autoencoder, precision: Literal["float32", "bf16", "fp8"] = "float32", mesh: Mesh = ALONE
+    ) -> None:
+        """bf16 copies of an autoencoder's weights; the weights themselves where they have that dtype already.
+
+        On a mesh of replicas parameters that are not copied become a part of the tensors here.
+        """
+        self.mesh, self.screening = mesh, "fp8" if precision == "fp8" else "bf16"
+        whole, part = mesh.latents(ae.n_latents), mesh.owned(ae.n_latents)
+        n_rows = whole.stop - whole.start
+        self.own = slice(part.start - whole.start, part.stop - whole.start)
+        self._padded: dict[str, Tensor] = {}
+        self._travelling: dict[str, Callable[[], Tensor]] = {}
+        for name in OF_LATENTS:
+            parameter = getattr(ae, name)
+            rows = parameter.detach()
+            if precision != "float32" and name != "latent_bias":
+                rows = rows.to(torch.bfloat16)
+            if mesh.n_replicas > 1:
+                is_copy = rows.data_ptr() != parameter.data_ptr()
+                padded = rows.new_zeros(mesh.n_replicas * mesh.largest_part(n_rows), *rows.shape[1:])
+                padded[self.own] = rows
+                self._padded[name], rows = padded, padded[:n_rows]
+                if not is_copy:
+                    parameter.data = rows[self.own]
+            setattr(self, name, rows)
+            self.send(name)
+
+    def send(self, name: str) -> None:
+        """The rows of a parameter that this process owns have changed: begin to give them to the other replicas."""
+        if self.mesh.n_replicas > 1:
+            padded, part = self._padded[name], len(self._padded[name]) // self.mesh.n_replicas
+            own = padded[self.mesh.replica * part : (self.mesh.replica + 1) * part]
+            self._travelling[name] = self.mesh.start_gather(own, "replicas", padded)
+
+    def finish(self, *names: str) -> None:
+        """Wait until the other replicas' rows of these parameters are here."""
+        for name in names:
+            if name in self._travelling:
+                self._travelling.pop(name)()
+
+    @torch.no_grad()
+    def read(self, ae: Autoencoder) -> None:
+        """Take over all parameters of `ae`, which were written to."""
+        self.finish(*OF_LATENTS)
+        for name in OF_LATENTS:
+            getattr(self, name)[self.own].copy_(getattr(ae, name))
+            self.send(name)
 
 
 def _directions(n_latents: int, d_model: int, seed: int, latents: slice) -> Float[Tensor, "rows d_model"]:

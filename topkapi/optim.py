@@ -53,8 +53,9 @@ class Moments:
 class Optimizer:
     """Adam with the decoder's norm held, and an exponential moving average of the weights.
 
-    Keeps the working weights up to date, those of `Working.of(ae)` if none are given. Low-memory state asks for bf16
-    weights, and computes with them. On a mesh it updates this shard's latents; the gradient norm is that of all.
+    Keeps the working weights up to date, those of `Working(ae)` if none are given. Low-memory state asks for bf16
+    weights, and computes with them. On a mesh it updates the latents that this process owns and begins to send them to
+    the other replicas, the encoder's while the decoder's are updated; the gradient norm is that of all latents.
 
     Raises:
         TopkapiError: low-memory state of weights that are not bf16.
@@ -65,7 +66,7 @@ class Optimizer:
     ) -> None:
         self.config, self.n_steps, self.mesh = config, 0, mesh
         self.bias_scale = math.sqrt(max(ae.d_model - 1, 1))
-        self.working = working or Working.of(ae)
+        self.working = working or Working(ae, mesh=mesh)
         self.moments = {name: self._moments(name, getattr(ae, name).detach()) for name in PARAMETERS}
 
     def _moments(self, name: str, parameter: Tensor) -> Moments:
@@ -95,12 +96,14 @@ class Optimizer:
         for name in WEIGHTS:
             weight = getattr(ae, name).detach()
             implementation(weight).update_rows_(self._state(name, weight), rows[name], self._adam_step(name, lr), scale)
+            self.working.send(name)
         for name in BIASES:
             parameter, moments, grad = getattr(ae, name).detach(), self.moments[name], getattr(gradients, name)
             grad = grad if scale is None else grad * scale
             adam_(parameter, grad.to(parameter.dtype), moments.mean, moments.square, self._adam_step(name, lr))
             if moments.ema is not None:
                 moments.ema.lerp_(parameter, 1 - config.ema_decay)
+        self.working.send("latent_bias")
         return norm
 
     def _adam_step(self, name: str, lr: float) -> AdamStep:
@@ -120,7 +123,7 @@ class Optimizer:
         return name == "W_dec" and self.config.unit_norm_decoder
 
     def _state(self, name: str, weight: Tensor) -> RowState:
-        working = getattr(self.working, name)
+        working = getattr(self.working, name)[self.working.own]
         is_copy = working.data_ptr() != weight.data_ptr()
         return RowState(weight, **vars(self.moments[name]), working=working if is_copy else None)
 
@@ -129,7 +132,7 @@ class Optimizer:
         for name in WEIGHTS:
             weight = getattr(ae, name).detach()
             squares.append(implementation(weight).gradient_squares(rows[name], weight, self._is_projected(name)))
-        of_latents = self.mesh.ordered_sum(torch.stack(squares).sum(), "shards")
+        of_latents = self.mesh.ordered_sum(torch.stack(squares).sum(), "all")
         return (of_latents + gradients.pre_bias.double().pow(2).sum()).sqrt()
 
     @torch.no_grad()
@@ -167,8 +170,5 @@ def _row_gradient(gradient: WeightGradient) -> RowGradient:
     """A weight's gradient as `update_rows_` takes it, nothing of its size made."""
     if gradient.sparse is None:
         return RowGradient(subset_rows=gradient.dense)
-    sparse, position = gradient.sparse, gradient.position
-    if gradient.subset is not None and position is None:
-        position = torch.full((gradient.n_latents,), -1, dtype=torch.int32, device=gradient.subset.device)
-        position[gradient.subset] = torch.arange(len(gradient.subset), dtype=torch.int32, device=position.device)
-    return RowGradient(sparse.values, sparse.order, sparse.rows, gradient.subset_rows, position)
+    sparse = gradient.sparse
+    return RowGradient(sparse.values, sparse.order, sparse.rows, gradient.subset_rows, gradient.position)

@@ -1,9 +1,10 @@
 """Processes that train one autoencoder together, and the few collectives they need.
 
 The mesh is replicas x shards. The n_shards processes of a replica hold the autoencoder together: each has a contiguous
-range of latents with their rows of every latent-indexed tensor, and all of them read the same tokens. Replicas hold
-the same weights and read different tokens. Ranks count through the shards first, so that a replica's processes are
-neighbours and, where they fit, on one node.
+range of latents to compute with, and all of them read the same tokens. Replicas read different tokens. What belongs to
+a latent and is not computed with, the parameters that the optimiser changes and its state, exists once: the replicas of
+a shard divide its latents among themselves, and each process is the owner of one part (`Mesh.owned`). Ranks count
+through the shards first, so that a replica's processes are neighbours and, where they fit, on one node.
 
 Every collective is the identity where the group has one member, so that one process and many run the same lines; it is
 ordered with the work of the current stream before and after it. `topkapi` is launched as any PyTorch program is:
@@ -49,7 +50,8 @@ class Mesh:
     n_shards: int = 1
     rank: int = 0
     device_mesh: DeviceMesh | None = None
-    """With dimensions "replicas" and "shards"; None for a process alone."""
+    """With dimensions "shards" and "replicas", so that owners come in the order of their latents; None for a process
+    alone."""
     world: dist.ProcessGroup | None = None
     """The group of everyone; None for the default one."""
 
@@ -84,17 +86,33 @@ class Mesh:
         start = (self.shard if shard is None else shard) * part
         return slice(start, min(start + part, n_latents))
 
+    def owned(self, n_latents: int, rank: int | None = None) -> slice:
+        """The latents of which this process (or another) has parameters and optimiser state: this replica's part of
+        the shard's, cut in the same way.
+
+        Raises:
+            TopkapiError: a process would have none.
+        """
+        replica, shard = divmod(self.rank if rank is None else rank, self.n_shards)
+        whole = self.latents(n_latents, shard)
+        part = self.largest_part(whole.stop - whole.start)
+        if (self.n_replicas - 1) * part >= whole.stop - whole.start:
+            raise TopkapiError(
+                f"{n_latents} latents on {self.n_shards} shards do not fill {self.n_replicas} replicas: launch fewer "
+                "processes, or raise --parallel.shards."
+            )
+        start = whole.start + replica * part
+        return slice(start, min(start + part, whole.stop))
+
+    def largest_part(self, n_rows: int) -> int:
+        """Rows that a replica owns of the `n_rows` of a shard, at most."""
+        return -(-n_rows // self.n_replicas)
+
     def sum_(self, x: Tensor, group: Group) -> Tensor:
         """`x` becomes the sum over the group's members."""
         if self.size(group) > 1:
             dist.all_reduce(x, group=self._group(group))
         return x
-
-    def start_sum_(self, x: Tensor, group: Group) -> Callable[[], None]:
-        """Start `sum_`, which goes on beside the work that follows; what comes back waits for it."""
-        if self.size(group) == 1:
-            return lambda: None
-        return dist.all_reduce(x, group=self._group(group), async_op=True).wait
 
     def ordered_sum(self, x: Tensor, group: Group) -> Tensor:
         """The sum over the group's members, added up in their order, for small tensors.
@@ -112,19 +130,37 @@ class Mesh:
 
     def gather(self, x: Tensor, group: Group) -> Tensor:
         """The members' tensors, of one shape, under each other: (members len(x), ...), by member."""
+        return self.start_gather(x, group)()
+
+    def start_gather(self, x: Tensor, group: Group, out: Tensor | None = None) -> Callable[[], Tensor]:
+        """Start `gather`, which goes on beside the work that follows; what comes back waits for it and returns it.
+
+        `x` may be this member's part of `out`.
+        """
         if self.size(group) == 1:
-            return x
-        out = x.new_empty(self.size(group) * x.shape[0], *x.shape[1:])
-        _all_gather(out, x.contiguous(), group=self._group(group))
-        return out
+            return lambda: x
+        if out is None:
+            out = x.new_empty(self.size(group) * x.shape[0], *x.shape[1:])
+        return _later(_all_gather(out, x.contiguous(), group=self._group(group), async_op=True), out)
+
+    def gather_rows(self, owned: Tensor, n_rows: int) -> Tensor:
+        """The `n_rows` rows of this shard, of which each replica has those that it owns."""
+        if self.n_replicas == 1:
+            return owned
+        rows = owned.new_zeros(self.largest_part(n_rows), *owned.shape[1:])
+        rows[: len(owned)] = owned
+        return self.gather(rows, "replicas")[:n_rows]
 
     def scatter_sum(self, x: Tensor, group: Group) -> Tensor:
         """This member's part of the rows of the sum; len(x) is a multiple of the members."""
+        return self.start_scatter_sum(x, group)()
+
+    def start_scatter_sum(self, x: Tensor, group: Group) -> Callable[[], Tensor]:
+        """Start `scatter_sum`, which goes on beside the work that follows; what comes back waits for it."""
         if self.size(group) == 1:
-            return x
+            return lambda: x
         out = x.new_empty(len(x) // self.size(group), *x.shape[1:])
-        _reduce_scatter(out, x.contiguous(), group=self._group(group))
-        return out
+        return _later(_reduce_scatter(out, x.contiguous(), group=self._group(group), async_op=True), out)
 
     def broadcast_(self, x: Tensor, source: int = 0) -> Tensor:
         """`x` becomes that of rank `source`."""
@@ -167,20 +203,18 @@ class Mesh:
             raise error
         return value
 
-    def rows_on_first(self, local: Tensor, n_latents: int) -> Tensor | None:
-        """The rows of all shards on the CPU of rank 0, one shard after another; None elsewhere."""
-        local = local.cpu()
-        if self.n_shards == 1:
-            return local if self.rank == 0 else None
-        if self.replica > 0:
-            return None
+    def rows_on_first(self, owned: Tensor, n_latents: int) -> Tensor | None:
+        """The rows of all owners on the CPU of rank 0, in the order of latents; None elsewhere."""
+        owned = owned.cpu()
+        if self.n_ranks == 1:
+            return owned
         if self.rank > 0:
-            dist.send(local.contiguous(), 0, group=self._group("all"))
+            dist.send(owned.contiguous(), 0, group=self._group("all"))
             return None
-        rows = local.new_empty(n_latents, *local.shape[1:])
-        rows[self.latents(n_latents)] = local
-        for shard in range(1, self.n_shards):
-            dist.recv(rows[self.latents(n_latents, shard)], shard, group=self._group("all"))
+        rows = owned.new_empty(n_latents, *owned.shape[1:])
+        rows[self.owned(n_latents)] = owned
+        for rank in range(1, self.n_ranks):
+            dist.recv(rows[self.owned(n_latents, rank)], rank, group=self._group("all"))
         return rows
 
     def raise_any(self, failure: Exception | None) -> None:
@@ -208,6 +242,16 @@ class Mesh:
         if group == "all":
             return self.world or dist.group.WORLD
         return self.device_mesh.get_group(group)
+
+
+def _later(work: dist.Work, out: Tensor) -> Callable[[], Tensor]:
+    """Wait for a collective, and return what it made."""
+
+    def finish() -> Tensor:
+        work.wait()
+        return out
+
+    return finish
 
 
 ALONE = Mesh()
@@ -265,9 +309,7 @@ def open_mesh(n_shards: int, device_type: str, timeout: timedelta = timedelta(mi
             torch.cuda.set_device(device_of(device_type))
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, store=store, rank=rank, world_size=n_ranks, timeout=timeout)
-        shape = (n_ranks // n_shards, n_shards)
-        device_mesh = dist.init_device_mesh(device_type, shape, mesh_dim_names=("replicas", "shards"))
-        mesh = Mesh(*shape, rank, device_mesh)
+        mesh = mesh_of(n_shards, rank, n_ranks, device_type)
         ending.processes = mesh.gather_objects((socket.gethostname(), os.getpid()))
         yield mesh
     except BaseException as error:
@@ -276,6 +318,13 @@ def open_mesh(n_shards: int, device_type: str, timeout: timedelta = timedelta(mi
             raise
         raise explained from error
     dist.destroy_process_group()
+
+
+def mesh_of(n_shards: int, rank: int, n_ranks: int, device_type: str) -> Mesh:
+    """The mesh of processes that are connected already; all of them call it."""
+    ranks = torch.arange(n_ranks).view(-1, n_shards)
+    device_mesh = DeviceMesh(device_type, ranks.T.contiguous(), mesh_dim_names=("shards", "replicas"))
+    return Mesh(*ranks.shape, rank, device_mesh)
 
 
 class _Ending:

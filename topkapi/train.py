@@ -40,13 +40,13 @@ from topkapi.data.tokens import Splits, tokenize
 from topkapi.dead import DeadCounter
 from topkapi.errors import TopkapiError
 from topkapi.files import lock, remove_leftovers, sha256_json, write_text_atomic
-from topkapi.gradients import relu_step, topk_step
 from topkapi.loss import LossTerms, mse_scale
 from topkapi.metrics import MetricsLog, NoLog, require
-from topkapi.model import PARAMETERS, Autoencoder, Working
+from topkapi.model import OF_LATENTS, PARAMETERS, Autoencoder, Working
 from topkapi.ops.normalise import normalise
 from topkapi.optim import Optimizer, learning_rate
 from topkapi.parallel import ALONE, Mesh, device_of, launched, open_mesh
+from topkapi.step import relu_step, topk_step
 
 WEIGHTS = ("W_enc", "W_dec")
 WITHOUT_LATENTS = "pre_bias"  # the parameter that is the same on every shard
@@ -116,7 +116,7 @@ class Trainer:
             language_model=config.language_model.name,
             site=config.language_model.site,
             seed=model.seed,
-            latents=mesh.latents(model.n_latents),
+            latents=mesh.owned(model.n_latents),
             training=to_dict(config),
         )
         if config.optim.state == "low_memory":
@@ -127,9 +127,9 @@ class Trainer:
             x = normalise(sample.to(language_model.device), torch.float32)
             self.ae.initialise_(x, model.encoder_scale, mesh)
             self.scale = mesh.on_first(lambda: mse_scale(x))
-        self.working = Working.of(self.ae, config.precision)
+        self.working = Working(self.ae, config.precision, mesh)
         self.optimizer = Optimizer(self.ae, config.optim, self.working, mesh)
-        self.dead = DeadCounter(len(self.ae.latent_bias), language_model.device, mesh)
+        self.dead = DeadCounter(len(self.working.latent_bias), language_model.device, mesh)
         self.latest: dict[str, float] = {}
         self._last: _Last | None = None
         self._measured: _Measured | None = None
@@ -141,7 +141,7 @@ class Trainer:
             subset = self.dead.subset(config.auxk.dead_after, n_tokens)
             found = topk_step(self.ae, x, self.scale, subset, config.auxk, self.working, self.mesh, config.parallel)
         else:
-            found = relu_step(self.ae, x, self.scale, config.loss, self.mesh)
+            found = relu_step(self.ae, x, self.scale, config.loss, self.working, self.mesh)
         self.optimizer.step_(self.ae, found.gradients, learning_rate(config.optim, step, config.n_steps))
         self.dead.count_(found.fired, n_tokens)
         self._last, self._measured = _Last(found.terms, found.l0, found.lost), None
@@ -165,11 +165,9 @@ class Trainer:
                 last = self._last
                 named = {**vars(last.terms), "l0": last.l0} | ({} if last.lost is None else {"lost": last.lost})
                 sums.append(last.terms.total())
-            n_dead = self.dead.dead(self.config.auxk.dead_after).sum()
-            of_shards = self.mesh.ordered_sum(
-                torch.stack([value.detach().double() for value in (n_dead, *sums)]), "shards"
-            )
-            found = (*named.values(), of_shards[0] / self.config.model.n_latents, of_shards.isfinite().all())
+            n_dead = self.dead.dead(self.config.auxk.dead_after).sum() / self.mesh.n_replicas  # which count the same
+            of_all = self.mesh.ordered_sum(torch.stack([value.detach().double() for value in (n_dead, *sums)]), "all")
+            found = (*named.values(), of_all[0] / self.config.model.n_latents, of_all.isfinite().all())
             *numbers, dead, finite = torch.stack([value.detach().double() for value in found]).tolist()
             named = dict(zip(named, numbers, strict=True)) | ({"dead_fraction": dead} if named else {})
             self._measured = _Measured(named, bool(finite))
@@ -195,12 +193,12 @@ class Trainer:
     def _state(self) -> checkpoint.State:
         """The tensors of a checkpoint, themselves and no copies."""
         tensors = {name: getattr(self.ae, name).detach() for name in PARAMETERS}
-        tensors |= {"silent_for": self.dead.silent_for} | self.optimizer.state()
         n_latents = self.config.model.n_latents
-        return {
+        state: dict[str, Tensor | checkpoint.Rows] = {
             name: tensor if name.split(".")[0] == WITHOUT_LATENTS else checkpoint.Rows(tensor, n_latents)
-            for name, tensor in tensors.items()
+            for name, tensor in (tensors | self.optimizer.state()).items()
         }
+        return state | {"silent_for": checkpoint.Rows(self.dead.silent_for, n_latents, of_shard=True)}
 
     @torch.no_grad()
     def load_(self, saved: checkpoint.Checkpoint) -> None:
@@ -213,13 +211,13 @@ class Trainer:
             )
         saved.read_into(self._state(), self.mesh)
         self.dead.silent_for.add_(0)  # so that the counter notices that it was written to
-        for name in WEIGHTS:
-            getattr(self.working, name).copy_(getattr(self.ae, name))
+        self.working.read(self.ae)
         self.optimizer.n_steps, self.scale = saved.meta["n_steps"], saved.meta["scale"]
         self.latest, self._last, self._measured = saved.meta["metrics"], None, None
 
     def publish(self, tokens: int) -> None:
         """Write the finished autoencoder, with the averaged weights where there are any, to the run folder."""
+        self.working.finish(*OF_LATENTS)
         self.ae.summary = {"tokens": tokens, "steps": self.optimizer.n_steps, "last_batch": self.metrics()}
         weights = {name: self._on_first(name, tensor) for name, tensor in self.optimizer.averaged(self.ae).items()}
 
@@ -500,7 +498,7 @@ def _check_agreement(configs: Sequence[TrainConfig], runs: Sequence[Path]) -> No
 
 def _check_mesh(config: TrainConfig, mesh: Mesh) -> None:
     """Refuse what several processes cannot do together."""
-    mesh.latents(config.model.n_latents)
+    mesh.owned(config.model.n_latents)
     part_of_batch(config.batch_tokens, mesh)
 
 

@@ -108,19 +108,6 @@ def test_mask_covers_every_row_once(n: int) -> None:
     torch.testing.assert_close(sums, wanted.float().sum(0))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize(("n", "d_model"), [(0, 5), (1, 5), (3, 33), (2, 768)])
-def test_residual_gradient(n: int, d_model: int, dtype: torch.dtype) -> None:
-    torch.manual_seed(d_model)
-    recon, grad_recon = (torch.randn(n, d_model, device=DEVICE).to(dtype) for _ in range(2))
-    factor = torch.tensor(0.3, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=DEVICE)
-    error = recon.double() + 1.7 * grad_recon.double()
-    squared = kernels.residual_gradient_(recon, grad_recon, 1.7, factor)
-    torch.testing.assert_close(squared.double(), error.pow(2).sum(1), rtol=1e-5, atol=1e-6)
-    tolerance = 2 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 1e-6
-    torch.testing.assert_close(recon.double(), 0.3 * error, rtol=tolerance, atol=1e-7)
-
-
 def test_what_is_not_contiguous_is_refused() -> None:
     wide = torch.zeros(4, 128, dtype=torch.bfloat16, device=DEVICE)[:, ::2]
     with pytest.raises(TopkapiError, match="contiguous"):
@@ -128,5 +115,3 @@ def test_what_is_not_contiguous_is_refused() -> None:
     selected = torch.zeros(4, 8, dtype=torch.uint8, device=DEVICE)
     with pytest.raises(TopkapiError, match="contiguous"):
         kernels.mask_selected_(wide, selected)
-    with pytest.raises(TopkapiError, match="contiguous"):
-        kernels.residual_gradient_(wide, wide, 1.0, torch.ones((), device=DEVICE))

@@ -2,7 +2,8 @@
 
 Seen to catch: groups of columns taken consecutively while their members are enumerated with a stride (wrong values);
 `rest` left out of the candidates (last columns never selected); offsets counted from the wrong block; of equal
-pre-activations the last columns kept; not a number counted as less than the edge.
+pre-activations the last columns kept; not a number counted as less than the edge; rows with equal values looked for
+on a device too.
 """
 
 import pytest
@@ -83,6 +84,15 @@ def test_ties_beside_numbers_that_are_none() -> None:
     values, columns = reference._top_k(pre_acts, 3)
     assert columns.tolist() == [[1, 2, 3], [4, 0, 1]]
     assert values[0, 0].isnan()
+
+
+@pytest.mark.parametrize(("n_latents", "k"), [(40, 8), (5000, 16)])  # without groups of columns, and with
+def test_selection_on_a_device_does_not_wait_for_it(n_latents: int, k: int) -> None:
+    """A meta tensor has shapes and no numbers: an operator that the host must wait for has no result there."""
+    x, W_enc, latent_bias, pre_bias = (tensor.to("meta") for tensor in made(6, n_latents, 8, seed=0))
+    values, indices = reference.encode_topk(x, W_enc, latent_bias, pre_bias, k)
+    assert values.shape == indices.shape == (6, k)
+    assert reference.select_topk_(x @ W_enc.T, latent_bias, k).shape == (6, n_latents)
 
 
 def test_nobody_takes_part_in_nothing() -> None:

@@ -15,10 +15,10 @@ import torch
 
 from topkapi.config import AuxKConfig, OptimConfig, ParallelConfig
 from topkapi.dead import DeadCounter
-from topkapi.gradients import topk_step
 from topkapi.model import Autoencoder, Working
 from topkapi.optim import Optimizer
 from topkapi.parallel import Mesh, open_mesh
+from topkapi.step import topk_step
 
 SIZES = {"n_latents": 90, "d_model": 16, "k": 6, "batch_tokens": 44}
 AUXK, N_DEAD = 5, 12
@@ -30,7 +30,7 @@ CASES = [
     for selection in (("exact", "capacity") if mesh[1] > 1 else ("exact",))
     for dead, precision in ((False, "float32"), (True, "float32"), (True, "bf16"))
 ]
-KINDS = {"sum_": "sum", "start_sum_": "sum", "max_": "sum", "gather": "gather", "scatter_sum": "scatter_sum"}
+KINDS = {"sum_": "sum", "max_": "sum", "start_gather": "gather", "start_scatter_sum": "scatter_sum"}
 
 
 def counted(counts: Counter) -> None:
@@ -38,10 +38,10 @@ def counted(counts: Counter) -> None:
     for name, kind in KINDS.items():
         original = getattr(Mesh, name)
 
-        def count(mesh: Mesh, x: torch.Tensor, group: str, original: object = original, kind: str = kind) -> object:
+        def count(mesh: Mesh, x: torch.Tensor, group: str, *rest: object, original=original, kind=kind) -> object:
             if mesh.size(group) > 1:
                 counts[f"{group} {kind}"] += x.nbytes
-            return original(mesh, x, group)
+            return original(mesh, x, group, *rest)
 
         setattr(Mesh, name, count)
 
@@ -49,11 +49,10 @@ def counted(counts: Counter) -> None:
 def bytes_of_a_step(mesh: Mesh, case: dict, counts: Counter) -> dict[str, int]:
     """One step as `topkapi.train` takes it, after a first one."""
     n_latents, d_model, k, batch_tokens = SIZES.values()
-    mine = mesh.latents(n_latents)
-    ae = Autoencoder(d_model=d_model, n_latents=n_latents, k=k, latents=mine)
-    working = Working.of(ae, case["precision"])
+    ae = Autoencoder(d_model=d_model, n_latents=n_latents, k=k, latents=mesh.owned(n_latents))
+    working = Working(ae, case["precision"], mesh)
     optimizer = Optimizer(ae, OptimConfig(lr=1e-4, ema_decay=0.0), working, mesh)
-    counter, config = DeadCounter(len(ae.W_enc), mesh=mesh), AuxKConfig(auxk=AUXK, dead_after=10**6)
+    counter, config = DeadCounter(len(working.latent_bias), mesh=mesh), AuxKConfig(auxk=AUXK, dead_after=10**6)
     parallel = ParallelConfig(shards=mesh.n_shards, selection=case["selection"], exchange=case["exchange"])
     rows = batch_tokens // mesh.n_replicas
     x = torch.randn(batch_tokens, d_model, generator=torch.Generator().manual_seed(0)) / 4

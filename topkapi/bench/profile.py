@@ -40,7 +40,7 @@ PART_OF_KERNEL = {
     "_mark": SUMS,
     "_select": AUXK,
     "_mask": AUXK,
-    "_residual_gradient": AUXK,
+    "_error_gradient": AUXK,
     "_normalise": "normalise",
     "_centre": "normalise",
 }

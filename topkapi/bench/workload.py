@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from topkapi.auxk import DENSE_AUXK_BELOW, NEVER
 from topkapi.bench.cases import Case
 from topkapi.config import AuxKConfig, ModelConfig, OptimConfig, TrainConfig
 from topkapi.dead import DeadCounter
-from topkapi.gradients import DENSE_AUXK_BELOW, NEVER, DeadSubset, Step, topk_step
+from topkapi.gradients import DeadSubset
 from topkapi.loss import mse_scale
 from topkapi.model import Autoencoder, Working
 from topkapi.ops import reference
@@ -27,6 +28,7 @@ from topkapi.ops.auxk import DeadWeights, auxk_gradients
 from topkapi.ops.dispatch import implementation
 from topkapi.ops.normalise import centre, normalise
 from topkapi.optim import Optimizer
+from topkapi.step import Step, topk_step
 
 LR = 1e-7
 QUIET = 0.1  # of the length of other encoder rows: what dead latents have, the peers' too (topkapi/bench/peers.py)
@@ -128,7 +130,7 @@ class Workload:
         self.ae = ae.to(device)
         self.planted.plant_(self.ae, sample)
         self.scale = mse_scale(sample)
-        self.working = Working.of(self.ae, self.config.precision)
+        self.working = Working(self.ae, self.config.precision)
         self.optimizer = Optimizer(self.ae, self.config.optim, self.working)
         self.counter = DeadCounter(case.n_latents, device)
         self.counter.silent_for[self.planted.dead] = 2**40

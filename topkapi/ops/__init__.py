@@ -1,7 +1,7 @@
 """The sparse operations of a TopK autoencoder: the one door to their implementations.
 
 `encode_topk`, `dense_sparse_matmul` and `matmul_at_sparse_indices` are differentiable. The rest are the pieces a
-hand-written training step is made of (`topkapi.gradients`), under `implementation(tensor)`. Functions of tensors only:
+hand-written training step is made of (`topkapi.step`), under `implementation(tensor)`. Functions of tensors only:
 no module, no settings. CUDA tensors go to Triton kernels, others to plain PyTorch (`topkapi.ops.dispatch`).
 """
 
@@ -49,8 +49,9 @@ def encode_topk(
 
     A token with fewer than k positive pre-activations has zeros among its values. On a CPU entries are ordered by
     value, then latent, so that of equal pre-activations above 0 the lower latents are kept. On a GPU they are in no
-    particular order, and for some shapes any of equal ones may be kept, the same ones each time. Differentiable in all
-    four tensors. Cost 2 n d_model n_latents flops; pre-activations are made in chunks and never kept.
+    particular order, and for some shapes, and in float64, any of equal ones may be kept, the same ones each time.
+    Differentiable in all four tensors. Cost 2 n d_model n_latents flops; pre-activations are made in chunks and never
+    kept.
 
     On a GPU candidates are found with products in the precision `screening` and then scored from the tensors as given,
     in float32; `topkapi.ops.kernels.encode_topk` says when the result is exact. Elsewhere `screening` changes nothing.

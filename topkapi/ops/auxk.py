@@ -11,7 +11,7 @@ That is five products of (tokens, m) and (m, d_model) matrices.
 active latents of each token, which is less arithmetic and slower per flop. Both go over the tokens in chunks, so that
 what they hold is bounded, and add up weight gradients in float32 (float64 for float64).
 
-Called by `topkapi.gradients`. Source: Gao et al. 2024, appendices A.2 and D.2.
+Called by `topkapi.auxk`. Source: Gao et al. 2024, appendices A.2 and D.2.
 """
 
 from collections.abc import Iterator

@@ -143,8 +143,11 @@ def _top_k(pre_acts: Float[Tensor, "n n_latents"], k: int) -> tuple[Float[Tensor
     """The k largest of each row and their columns, the largest first; of equal ones above 0 the first columns first.
 
     So the same latents are kept however the columns are divided among processes. Equal values are rare: rows that have
-    them are found by looking at the k + 1 largest, and only these are gone through again.
+    them are found by looking at the k + 1 largest, and only these are gone through again. On other devices than CPUs
+    any of equal ones are kept: how many rows have them is not known there without waiting for the device.
     """
+    if pre_acts.device.type != "cpu":
+        return _largest(pre_acts, k)
     values, columns = _largest(pre_acts, min(k + 1, pre_acts.shape[1]))
     tied = (values[:, 1:] == values[:, :-1]) & (values[:, 1:] > 0)
     rows = tied.any(1).nonzero().flatten()
@@ -301,6 +304,21 @@ def decode_step(
     grad = error.mul_(scale)
     grad_values = matmul_at_sparse_indices(grad, W_dec, indices).mul_(values > 0)
     return DecodeStep(squared_error, grad.to(target.dtype), grad_values)
+
+
+@torch.no_grad()
+def recon_gradient(
+    recon: Float[Tensor, "n d_model"], target: Float[Tensor, "n d_model"], scale: float
+) -> tuple[Float[Tensor, " n"], Float[Tensor, "n d_model"]]:
+    """Squared error of a reconstruction, a row, and its gradient: of `decode_step` what follows the decoder.
+
+        error = recon - target;   squared_error = sum over d_model of error^2;   grad = scale error
+
+    The error and its sums are float32 (float64 for float64), the gradient has the dtype of target.
+    """
+    error = _wide(recon) - target
+    squared_error = error.pow(2).sum(1)
+    return squared_error, error.mul_(scale).to(target.dtype)
 
 
 @torch.no_grad()

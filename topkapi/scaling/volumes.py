@@ -1,6 +1,6 @@
 """Bytes of every collective of a training step, from the shapes alone.
 
-The order is that of the step (`topkapi.gradients`). `payload` is the size of the tensor that each process hands to the
+The order is that of the step (`topkapi.step`). `payload` is the size of the tensor that each process hands to the
 collective: tests count it in real runs.
 """
 

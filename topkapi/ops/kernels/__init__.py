@@ -3,10 +3,11 @@
 Same names and signatures as the reference. Nothing here records gradients.
 """
 
-from topkapi.ops.kernels.auxk import mask_selected_, residual_gradient_, select_topk_
+from topkapi.ops.kernels.auxk import mask_selected_, select_topk_
 from topkapi.ops.kernels.decode_step import decode_step
 from topkapi.ops.kernels.dense_sparse_matmul import dense_sparse_matmul
 from topkapi.ops.kernels.encode_topk import encode_topk
+from topkapi.ops.kernels.error_gradient import recon_gradient, residual_gradient_
 from topkapi.ops.kernels.keep_largest import keep_largest
 from topkapi.ops.kernels.matmul_at_sparse_indices import matmul_at_sparse_indices
 from topkapi.ops.kernels.update_rows import gradient_squares, update_rows_
@@ -30,6 +31,7 @@ __all__ = [
     "mask_selected_",
     "matmul_at_sparse_indices",
     "order_by_latent",
+    "recon_gradient",
     "residual_gradient_",
     "select_topk_",
     "transposed_dense_sparse_matmul",

@@ -1,11 +1,10 @@
-"""AuxK on the dead subset, between its five dense products: selection, the residual's gradient, the mask.
+"""AuxK on the dead subset, between its five dense products: selection and the mask.
 
 Pre-activations of m dead latents are an (n, m) bf16 matrix that cuBLAS writes and reads; these kernels change it in
 place, one pass each:
 
-    select_topk_        reads and writes n m, writes n m / 8 bytes of mask       2 n m 2 B
-    residual_gradient_  reads 2 n d_model, writes n d_model                      3 n d_model 2 B
-    mask_selected_      reads the mask, reads and writes n m                     2 n m 2 B
+    select_topk_     reads and writes n m, writes n m / 8 bytes of mask       2 n m 2 B
+    mask_selected_   reads the mask, reads and writes n m                     2 n m 2 B
 
 Selection: one program a row, which stays in registers, two neighbouring columns in an int32. Rounded to bf16 and cut
 off at 0, values are ordered as their 15-bit patterns, so the k-th largest is found by bisection on patterns. A pattern
@@ -35,7 +34,6 @@ WINDOW = 256  # bf16 patterns below the row's maximum among which the k-th large
 ROWS_A_PROGRAM = 128  # of the mask
 MASK_TILE = (4, 64)  # rows and bytes (8 columns each) at a time
 MASK_WARPS = 4
-ROW_WARPS = 4
 
 
 def select_topk_(
@@ -48,7 +46,7 @@ def select_topk_(
     n, m = pre_acts.shape
     if pre_acts.dtype != torch.bfloat16 or m % 8 or m > LONGEST_ROW:
         return reference.select_topk_(pre_acts, bias, k)
-    _require_contiguous(pre_acts, "pre_acts")
+    require_contiguous(pre_acts, "pre_acts")
     selected = torch.empty(n, m // 8, dtype=torch.uint8, device=pre_acts.device)
     if n == 0 or m == 0:
         return selected
@@ -72,7 +70,7 @@ def mask_selected_(
     """See `topkapi.ops.reference.mask_selected_`."""
     if selected.dtype == torch.bool:
         return reference.mask_selected_(grad, selected)
-    _require_contiguous(grad, "grad")
+    require_contiguous(grad, "grad")
     n, m = grad.shape
     parts = triton.cdiv(n, rows_a_program)
     sums = torch.empty(parts, m, dtype=torch.float32, device=grad.device)
@@ -82,35 +80,8 @@ def mask_selected_(
     return sums.sum(0)
 
 
-def residual_gradient_(
-    auxk_recon: Float[Tensor, "n d_model"],
-    grad_recon: Float[Tensor, "n d_model"],
-    inverse_scale: float,
-    factor: Float[Tensor, ""],
-    *,
-    num_warps: int = ROW_WARPS,
-) -> Float[Tensor, " n"]:
-    """See `topkapi.ops.reference.residual_gradient_`."""
-    _require_contiguous(auxk_recon, "auxk_recon")
-    if auxk_recon.dtype == torch.float64:  # a number would reach the kernel as float32
-        return reference.residual_gradient_(auxk_recon, grad_recon, inverse_scale, factor)
-    n, d_model = auxk_recon.shape
-    squared = torch.empty(n, dtype=torch.float32, device=auxk_recon.device)
-    if n:
-        _residual_gradient[(n,)](
-            auxk_recon,
-            grad_recon.contiguous(),
-            squared,
-            factor.float(),
-            inverse_scale,
-            d_model,
-            BLOCK_D=triton.next_power_of_2(d_model),
-            num_warps=num_warps,
-        )
-    return squared
-
-
-def _require_contiguous(tensor: Tensor, name: str) -> None:
+def require_contiguous(tensor: Tensor, name: str) -> None:
+    """Raise a TopkapiError unless `tensor`, which is changed in place, is contiguous."""
     if not tensor.is_contiguous():
         raise TopkapiError(f"{name} is changed in place and must be contiguous; got strides {tensor.stride()}.")
 
@@ -220,15 +191,3 @@ def _mask(grad_ptr, selected_ptr, sums_ptr, n, n_bytes, rows_a_program, STEP: tl
     total = tl.sum(sums, 0)  # (BYTES, 8)
     out = sums_ptr + tl.program_id(0).to(tl.int64) * n_bytes * 8 + column
     tl.store(out, total, mask=(byte < n_bytes)[:, None] & (eight >= 0)[None, :])
-
-
-@triton.jit
-def _residual_gradient(recon_ptr, grad_ptr, squared_ptr, factor_ptr, inverse_scale, d_model, BLOCK_D: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    inside = d < d_model
-    recon = tl.load(recon_ptr + row * d_model + d, mask=inside, other=0.0).to(tl.float32)
-    grad = tl.load(grad_ptr + row * d_model + d, mask=inside, other=0.0).to(tl.float32)
-    error = recon + grad * inverse_scale
-    tl.store(squared_ptr + row, tl.sum(error * error, 0))
-    tl.store(recon_ptr + row * d_model + d, error * tl.load(factor_ptr), mask=inside)
