@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from topkapi.console import say
@@ -321,10 +321,10 @@ def _ignore_one_process() -> None:
 
 def _of_cpus(mesh: Mesh) -> Mesh:
     """The same mesh for tensors on CPUs: a DTensor moves its tensor to the kind of device that its mesh has."""
-    if mesh.device_mesh is None or mesh.device_mesh.device_type == "cpu":
+    same = mesh.device_mesh
+    if same is None:
         return mesh
-    names = mesh.device_mesh.mesh_dim_names
-    return replace(mesh, device_mesh=init_device_mesh("cpu", tuple(mesh.device_mesh.shape), mesh_dim_names=names))
+    return replace(mesh, device_mesh=DeviceMesh("cpu", same.mesh, mesh_dim_names=same.mesh_dim_names))
 
 
 def _damage(path: Path, checksum: str) -> str | None:
