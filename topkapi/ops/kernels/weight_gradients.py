@@ -29,7 +29,7 @@ PAIRS = 4  # bf16 rows gathered at a time, half as many of float32; prefetching 
 COLUMNS = 256  # 8 a lane for one warp, 16 bytes of bf16
 BIASES = {"latents": 8, "positions": 32, "columns": 1024, "programs": 1584, "warps": 2}
 LONG = 512  # pairs of a latent from which on a whole program sums them
-WIDE = 8  # times the pairs of a turn that it then takes at a time: what it loads depends on what it loads before
+WIDE = 2  # times the pairs of a turn that it then takes at a time; 4 would cost registers, and programs at a time
 
 
 @torch.no_grad()
