@@ -4,14 +4,14 @@
     python benchmarks/planned.py runs/scaling.jsonl
 
 Reads the JSON lines that benchmarks/scaling.py prints, and plans the same steps on the same mesh (`batch` is of one
-GPU). The next batch is left out of the memory, as the benchmark makes none ahead. "Alone" is one GPU by itself. An
-error above 0 is a plan that is too slow, or holds too much.
+GPU; 1x1 is one GPU alone). The next batch is left out of the memory, as the benchmark makes none ahead. An error above
+0 is a plan that is too slow, or holds too much.
 """
 
 import argparse
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from topkapi.scaling.hardware import Hardware, load
@@ -23,18 +23,6 @@ GIB = 2**30
 K = 32  # of benchmarks/scaling.py
 HEAD = ["mesh", "exchange", "latents", "d_model", "tokens a GPU", "precision", "ms", "planned", "error", "GiB",
         "planned", "error"]  # fmt: skip
-
-
-def cases(lines: Iterable[dict]) -> list[dict]:
-    """What was measured, in the order of the file: one GPU alone before the meshes that it is compared with."""
-    found, seen = [], set()
-    for line in lines:
-        alone = (line["n_latents"], line["d_model"], line["batch"], line["precision"], line["alone_ms"])
-        if alone not in seen:
-            seen.add(alone)
-            found.append(line | {"mesh": "1x1", "exchange": "", "ms": line["alone_ms"], "peak_gib": None, "micro": 0})
-        found.append(line)
-    return found
 
 
 def planned(case: dict, gpu: Hardware) -> tuple[float, float]:
@@ -51,27 +39,25 @@ def planned(case: dict, gpu: Hardware) -> tuple[float, float]:
     layout = Layout(
         n_replicas=n_replicas,
         n_shards=n_shards,
-        exchange=case["exchange"] or "auto",
+        exchange="auto" if case["exchange"] == "none" else case["exchange"],
         micro_batch_tokens=case.get("micro", 0),
     )
     held = memory(job, layout)
     return 1e3 * step_time(job, layout, gpu).seconds, (total(held) - held[NEXT_BATCH]) / GIB
 
 
-def row(case: dict, gpu: Hardware) -> tuple[list[str], list[float | None]]:
+def row(case: dict, gpu: Hardware) -> tuple[list[str], float, float]:
     """A line of the table, and the relative errors of time and memory."""
     ms, gib = planned(case, gpu)
-    errors = [ms / case["ms"] - 1, gib / case["peak_gib"] - 1 if case["peak_gib"] else None]
-    cells = [case["mesh"] if case["mesh"] != "1x1" else "alone", case["exchange"], f"{case['n_latents']:,}",
-             f"{case['d_model']:,}", f"{case['batch']:,}", case["precision"]]  # fmt: skip
-    if case.get("micro"):
-        cells[1] = f"micro-batches of {case['micro']:,}"
-    cells += [f"{case['ms']:.2f}", f"{ms:.2f}", f"{100 * errors[0]:+.1f} %"]
-    cells += [f"{case['peak_gib']:.2f}", f"{gib:.2f}", f"{100 * errors[1]:+.1f} %"] if case["peak_gib"] else [""] * 3
-    return cells, errors
+    errors = ms / case["ms"] - 1, gib / case["peak_gib"] - 1
+    exchange = f"micro-batches of {case['micro']:,}" if case.get("micro") else case["exchange"]
+    cells = [case["mesh"], exchange, f"{case['n_latents']:,}", f"{case['d_model']:,}", f"{case['batch']:,}",
+             case["precision"], f"{case['ms']:.2f}", f"{ms:.2f}", f"{100 * errors[0]:+.1f} %",
+             f"{case['peak_gib']:.2f}", f"{gib:.2f}", f"{100 * errors[1]:+.1f} %"]  # fmt: skip
+    return cells, *errors
 
 
-def summary(what: str, errors: list[float]) -> str:
+def summary(what: str, errors: Sequence[float]) -> str:
     """The median and the worst of the absolute errors."""
     off = [abs(error) for error in errors]
     return f"{what}: median error {100 * statistics.median(off):.1f} %, worst {100 * max(off):.1f} % of {len(off)}."
@@ -83,18 +69,15 @@ def main() -> None:
     parser.add_argument("--gpu", default="h200", help="as --gpu of topkapi plan")
     options = parser.parse_args()
     gpu = load(options.gpu)
-    read = [json.loads(line) for line in options.lines.read_text().splitlines() if line.startswith("{")]
-    found = cases(read)
-    rows = [row(case, gpu) for case in found]
+    rows = [row(json.loads(line), gpu) for line in options.lines.read_text().splitlines() if line.startswith("{")]
     print(f"| {' | '.join(HEAD)} |\n|{'---|' * 6}{'---:|' * 6}")
-    for cells, _ in rows:
+    for cells, *_ in rows:
         print(f"| {' | '.join(cells)} |")
-    meshes = [errors for case, (_, errors) in zip(found, rows, strict=True) if case["mesh"] != "1x1"]
-    alone = [errors[0] for case, (_, errors) in zip(found, rows, strict=True) if case["mesh"] == "1x1"]
-    print(f"\n{summary('Steps on meshes', [time for time, _ in meshes])} {summary('One GPU alone', alone)}")
-    held = [error for _, error in meshes if error is not None]
-    if held:
-        print(summary("Memory", held))
+    print()
+    for is_alone, name in ((True, "One GPU alone"), (False, "Meshes")):
+        found = [errors for cells, *errors in rows if (cells[0] == "1x1") == is_alone]
+        for what, off in zip(("time", "memory"), zip(*found, strict=True), strict=False):
+            print(summary(f"{name}, {what}", off))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from topkapi.figures import pyplot
 from topkapi.model import Working
 from topkapi.ops.normalise import normalise
 from topkapi.optim import Optimizer
-from topkapi.parallel import ALONE, Mesh, open_mesh
+from topkapi.parallel import ALONE, Mesh, mesh_of, open_mesh
 from topkapi.step import topk_step
 
 CASES = [  # n_latents, d_model, tokens a GPU, precision
@@ -90,6 +90,7 @@ def timeline(stepper: Stepper) -> list[dict[str, Any]]:
     stepper.step()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as found:
+        stepper.mesh.gather_objects(None)  # so that no process waits for the other's profiler
         stepper.step()
         stepper.step()
         torch.cuda.synchronize()
@@ -128,42 +129,51 @@ def measured(case: tuple, mesh: Mesh, device: torch.device, options: argparse.Na
     return {"ms": statistics.median(times), "peak": peak, "stepper": stepper}
 
 
+def line(case: tuple, mesh: str, exchange: str, n_ranks: int, alone: float, ms: float, peak: float) -> dict[str, Any]:
+    """What is printed of a case."""
+    n_latents, d_model, batch, precision = case
+    return {
+        "mesh": mesh, "exchange": exchange, "n_latents": n_latents, "d_model": d_model, "batch": batch,
+        "precision": precision, "alone_ms": round(alone, 2), "ms": round(ms, 2),
+        "speed_up": round(n_ranks * alone / ms, 3), "peak_gib": round(peak, 2),
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--shards", type=int, nargs="+", default=[2, 1])
-    parser.add_argument("--exchanges", nargs="+", default=["auto", "dense"])
+    parser.add_argument("--exchanges", nargs="+", default=["sparse", "dense"])
     parser.add_argument("--cases", type=int, nargs="+")
     options = parser.parse_args()
     kind = "cpu" if options.tiny or not torch.cuda.is_available() else "cuda"
     cases = TINY if kind == "cpu" else CASES
     cases = [cases[i] for i in options.cases] if options.cases else cases
     alone, lines = {}, {}
-    for shards in options.shards:
-        with open_mesh(shards, kind) as mesh:
-            device = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
+    with open_mesh(1, kind) as world:
+        device = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
+        for case in cases:
+            found = measured(case, ALONE, device, options, "auto")
+            alone[case] = max(world.gather_objects(found["ms"]))
+            peak = max(world.gather_objects(found["peak"]))
+            del found
+            if world.rank == 0:
+                print(json.dumps(line(case, "1x1", "none", 1, alone[case], alone[case], peak)), flush=True)
+        for shards in options.shards:
+            mesh = mesh_of(shards, world.rank, world.n_ranks, kind)
+            name = f"{mesh.n_replicas}x{mesh.n_shards}"
             for case in cases:
-                if case not in alone:
-                    found = measured(case, ALONE, device, options, "auto")
-                    alone[case] = max(mesh.gather_objects(found["ms"]))
-                    del found
-                for exchange in options.exchanges if mesh.n_replicas > 1 else ["auto"]:
-                    found = measured(case, mesh, device, options, exchange)
+                for exchange in options.exchanges if mesh.n_replicas > 1 else ["none"]:
+                    found = measured(case, mesh, device, options, "auto" if exchange == "none" else exchange)
                     ms, peak = max(mesh.gather_objects(found["ms"])), max(mesh.gather_objects(found["peak"]))
-                    n_latents, d_model, batch, precision = case
-                    name = f"{mesh.n_replicas}x{mesh.n_shards}"
-                    line = {"mesh": name, "exchange": exchange, "n_latents": n_latents, "d_model": d_model,
-                            "batch": batch, "precision": precision, "alone_ms": round(alone[case], 2),
-                            "ms": round(ms, 2), "speed_up": round(mesh.n_ranks * alone[case] / ms, 3),
-                            "peak_gib": round(peak, 2)}  # fmt: skip
                     if kind == "cuda" and options.out:
-                        lines[f"{name} {exchange} {n_latents} {precision}"] = timeline(found["stepper"])
+                        lines[f"{name} {exchange} {case[0]} {case[3]}"] = timeline(found["stepper"])
                     del found
                     if mesh.rank == 0:
-                        print(json.dumps(line), flush=True)
-    if options.out and mesh.rank == 0:
+                        print(json.dumps(line(case, name, exchange, mesh.n_ranks, alone[case], ms, peak)), flush=True)
+    if options.out and world.rank == 0:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "timeline.json").write_text(json.dumps(lines))
         if lines:

@@ -1,10 +1,13 @@
 """Seen to fail when: a checkpoint is written under its final name at once; a damaged checkpoint counts as none, so that
-training starts again from step 0 without a word; pruning keeps the oldest; rows are sharded over the replicas."""
+training starts again from step 0 without a word; pruning keeps the oldest; rows are sharded over the replicas; what is
+written in the background is the state itself; old checkpoints go before the new one is there; the next one does not
+wait for the last; an error of the background is not raised."""
 
 import errno
 import itertools
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -110,6 +113,62 @@ def test_a_full_disk_leaves_the_older_ones(run, monkeypatch):
         ]
 
 
+@pytest.fixture
+def held(monkeypatch):
+    """Nothing is written until this is set."""
+    go, original = threading.Event(), dcp.FileSystemWriter.write_data
+
+    def write_data(self, *arguments):
+        assert go.wait(60)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", write_data)
+    return go
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_background_writes_the_state_as_it_was_and_then_removes_old_ones(run, held, device):
+    saver = checkpoint.Saver(keep=2, in_background=True)
+    state = {name: tensor.to(device) for name, tensor in tensors(20).items()}
+    saver.save([checkpoint.Snapshot(run, 20, state, META)])
+    for tensor in state.values():
+        tensor.zero_()  # training goes on
+    assert checkpoint.steps(run) == [5, 10, 15]
+    held.set()
+    saver.wait()
+    assert checkpoint.steps(run) == [15, 20]
+    (found,) = checkpoint.load_newest([run])
+    assert (found.step, found.meta) == (20, META)
+    assert_same(found.read(), tensors(20))
+    saver.close()
+
+
+def test_the_next_one_waits_for_the_last(run, held):
+    saver = checkpoint.Saver(keep=9, in_background=True)
+    saver.save([checkpoint.Snapshot(run, 20, tensors(20), META)])
+    threading.Timer(0.2, held.set).start()
+    saver.save([checkpoint.Snapshot(run, 25, tensors(25), META)])
+    assert 20 in checkpoint.steps(run)
+    saver.close()
+    for step in (20, 25):
+        assert_same(checkpoint.load(run, step).read(), tensors(step))
+
+
+@pytest.mark.parametrize("noticed_by", ["save", "wait"])
+def test_a_full_disk_in_the_background_leaves_the_older_ones(run, monkeypatch, noticed_by):
+    for module, name in ((dcp.FileSystemWriter, "write_data"), (files, "sync"), (checkpoint, "write_json")):
+        saver = checkpoint.Saver(keep=1, in_background=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, full)
+            saver.save([checkpoint.Snapshot(run, 20, tensors(20), META)])
+            with pytest.raises(OSError, match="No space left"):
+                saver.wait() if noticed_by == "wait" else saver.save([])
+        saver.close()
+        assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+            f"step-{step:08d}" for step in (5, 10, 15)
+        ]
+
+
 def test_leftovers_of_a_kill_are_no_checkpoint(run):
     shutil.copytree(run / "checkpoints" / "step-00000015", run / "checkpoints" / ".step-00000020.tmp")
     assert checkpoint.steps(run) == [5, 10, 15]
@@ -150,6 +209,18 @@ def save_in_world(run, n_shards):
         checkpoint.save(Path(run), 5, part_of_state(mesh)[1], META, mesh)
 
 
+def save_in_background(run, n_shards):
+    with open_mesh(n_shards, "cpu") as mesh:
+        saver, (mine, state) = checkpoint.Saver(1, True, mesh), part_of_state(mesh)
+        for step in (4, 5):
+            saver.save([checkpoint.Snapshot(Path(run), step, state, META)])
+        for tensor in mine.values():
+            tensor.zero_()
+        saver.wait()
+        assert checkpoint.steps(Path(run)) == [5]
+        saver.close()
+
+
 def load_in_world(run, n_shards):
     with open_mesh(n_shards, "cpu") as mesh:
         (found,) = checkpoint.load_newest([Path(run)], mesh)
@@ -159,9 +230,9 @@ def load_in_world(run, n_shards):
         assert_same(mine, part_of_state(mesh)[0])
 
 
-def run_both(fork_server, folder, run, writer, reader):
+def run_both(fork_server, folder, run, writer, reader, save=save_in_world):
     """Save in a world of (ranks, shards), load in another; a world of one rank is the test's own process."""
-    for (n_ranks, n_shards), call in ((writer, save_in_world), (reader, load_in_world)):
+    for (n_ranks, n_shards), call in ((writer, save), (reader, load_in_world)):
         if n_ranks == 1:
             call(run, n_shards)
             continue
@@ -182,6 +253,11 @@ def test_any_mesh_reads_what_another_wrote(fork_server, tmp_path, writer, reader
     assert_same(checkpoint.load(tmp_path / "run", 5).read(), rows | same)
 
 
+@pytest.mark.parametrize("writer", [(2, 1), (2, 2), pytest.param((4, 2), marks=pytest.mark.many_ranks)])
+def test_processes_write_together_in_the_background(fork_server, tmp_path, writer):
+    run_both(fork_server, tmp_path, tmp_path / "run", writer, (1, 1), save_in_background)
+
+
 @pytest.mark.many_ranks
 def test_any_mesh_of_four_reads_what_another_wrote(fork_server, tmp_path):
     meshes = [(1, 1), (4, 1), (4, 2), (4, 4)]
@@ -189,18 +265,23 @@ def test_any_mesh_of_four_reads_what_another_wrote(fork_server, tmp_path):
         run_both(fork_server, tmp_path, tmp_path / f"run-{i}", writer, reader)
 
 
-def save_where_rank_1_cannot(run):
+def save_where_rank_1_cannot(run, in_background):
     with open_mesh(2, "cpu") as mesh:
+        saver = checkpoint.Saver(1, in_background, mesh)
         if mesh.rank == 1:
             dcp.FileSystemWriter.write_data = full
-        with pytest.raises(OSError, match="No space left"):
-            checkpoint.save(Path(run), 20, part_of_state(mesh)[1], META, mesh)
+        if in_background:
+            saver.save([checkpoint.Snapshot(Path(run), 20, part_of_state(mesh)[1], META)])
+        with pytest.raises(OSError, match="No space left") as raised:
+            saver.save([checkpoint.Snapshot(Path(run), 20, part_of_state(mesh)[1], META)])
+        assert raised.value.is_common
+        saver.close()
 
 
-def test_a_disk_that_is_full_for_one_process_is_an_error_for_all(fork_server, run, tmp_path):
-    ended = fork_server.run_world(
-        2, [str(run)], tmp_path, tmp_path, call="tests.test_checkpoint:save_where_rank_1_cannot"
-    )
+@pytest.mark.parametrize("in_background", [False, True], ids=["at once", "in background"])
+def test_a_disk_that_is_full_for_one_process_is_an_error_for_all(fork_server, run, tmp_path, in_background):
+    call = "tests.test_checkpoint:save_where_rank_1_cannot"
+    ended = fork_server.run_world(2, [str(run), in_background], tmp_path, tmp_path, call=call)
     assert ended == [0, 0], (tmp_path / "rank-0").read_text()
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [f"step-{step:08d}" for step in (5, 10, 15)]
 

@@ -1,8 +1,8 @@
 """Training killed with SIGKILL at any moment, continued, ends exactly as if nothing had happened.
 
 Half of the kills come before a chosen file operation (of tokenizing, caching activations, checkpoints, publishing),
-the others at a random time. Seen to fail when: a checkpoint is written under its final name; metrics of steps after the
-checkpoint are kept.
+the others at a random time; training goes on while a checkpoint is written, or waits. Seen to fail when: a checkpoint
+is written under its final name; metrics of steps after the checkpoint are kept.
 """
 
 import json
@@ -10,6 +10,7 @@ import os
 import signal
 import time
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -68,7 +69,9 @@ def kill_and_resume(fork_server, config, whole, folder, random, first_phase=None
     assert fork_server.run(arguments, log, home / "cache") == 0, log.read_text()
     run = whole[0]
     assert_same_run(home / "run", run)
-    assert published.read_config(home / "run") | {"commit": ""} == published.read_config(run) | {"commit": ""}
+    ours, theirs = (published.read_config(it) | {"commit": ""} for it in (home / "run", run))
+    theirs["training"]["async_checkpoints"] = config.async_checkpoints
+    assert ours == theirs
     assert [line["step"] for line in metrics(home / "run")] == list(range(1, 21))
     assert not [name for name in contents(home / "run") if name.endswith(".tmp")]
     return hits
@@ -80,13 +83,22 @@ def test_a_killed_run_continued_equals_an_undisturbed_one(fork_server, tiny_conf
     assert kill_and_resume(fork_server, tiny_config, whole, tmp_path, random, phase)[0] == phase
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_killed_while_it_writes_beside_training_equals_an_undisturbed_one(
+    fork_server, tiny_config, whole, tmp_path, seed
+):
+    random, config = np.random.default_rng([2, seed]), replace(tiny_config, async_checkpoints=True)
+    assert kill_and_resume(fork_server, config, whole, tmp_path, random, "checkpoints")[0] == "checkpoints"
+
+
 @pytest.mark.slow
 def test_fifty_killed_runs_continued_equal_an_undisturbed_one(fork_server, tiny_config, whole, tmp_path, capsys):
     hits = Counter()
     for i in range(50):
         folder = tmp_path / str(i)
         folder.mkdir()
-        hits.update(kill_and_resume(fork_server, tiny_config, whole, folder, np.random.default_rng([2026, i])))
+        config = replace(tiny_config, async_checkpoints=i % 2 == 1)
+        hits.update(kill_and_resume(fork_server, config, whole, folder, np.random.default_rng([2026, i])))
     with capsys.disabled():
         print(f"\n50 runs, {hits.total()} kills: {dict(hits)}; all equal bit for bit")
     assert set(hits) >= {"random time", "tokens", "activations", "checkpoints", "publishing"}

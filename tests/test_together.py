@@ -8,11 +8,13 @@ counters are not restored; all processes write to the console.
 import errno
 import json
 import os
+import shutil
 import signal
 import time
 from dataclasses import replace
 
 import pytest
+from torch.distributed import checkpoint as dcp
 
 from tests.command_line import assert_close_run, assert_same_run, contents, metrics, one_line, train_arguments
 from topkapi import checkpoint, cli
@@ -62,8 +64,13 @@ def start(fork_server, tiny_cache, tmp_path_factory):
 
 
 def planned(plan, *arguments):
-    """In a process of a world: train, with something happening in step `step` (from 1) of rank `rank`."""
+    """In a process of a world: train, with something happening in step `step` (from 1) of rank `rank`.
+
+    With `writing=n` it happens when that rank writes tensors for the n-th time.
+    """
     plan, original = json.loads(plan), Trainer.step_
+    if plan.get("writing") and os.environ["RANK"] == str(plan["rank"]):
+        disturb_writing(plan)
 
     def step_(self, x, done):
         if done == plan.get("step", 0) - 1 and os.environ["RANK"] == str(plan["rank"]):
@@ -83,6 +90,20 @@ def planned(plan, *arguments):
 
         topkapi.train.open_batches = BatchesAhead
     return cli.main(list(arguments))
+
+
+def disturb_writing(plan):
+    original, n_times = dcp.FileSystemWriter.write_data, []
+
+    def write_data(self, *arguments):
+        n_times.append(None)
+        if len(n_times) == plan["writing"]:
+            if "full" in plan:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
+            os.kill(os.getpid(), plan["signal"])
+        return original(self, *arguments)
+
+    dcp.FileSystemWriter.write_data = write_data
 
 
 def sharded(config, shards=2):
@@ -261,6 +282,44 @@ def test_a_run_goes_on_in_another_number_of_processes(start, alone, divided, tin
     assert world.wait() == [128 + signal.SIGINT], world.said()
     start(divided, run, "--resume").ends_well()
     assert_close_run(run, alone)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_killed_while_it_writes_beside_training_costs_that_checkpoint_alone(
+    start, whole, alone, divided, tiny_config, tmp_path, victim
+):
+    run, beside = tmp_path / "run", {"async_checkpoints": True}
+    world = start(replace(divided, **beside), run, plan={"rank": victim, "writing": 2, "signal": signal.SIGKILL})
+    ended = world.wait()
+    assert (ended[victim], ended[1 - victim]) == (-signal.SIGKILL, 2), world.said()
+    assert f"rank {victim} of 2 is gone (process {world.pids[victim]} was killed" in one_line(world.said())
+    assert checkpoint.steps(run) == [5]
+    shutil.copytree(run, tmp_path / "one")
+    start(replace(divided, **beside), run, "--resume").ends_well()
+    assert_same_run(run, whole[0])
+    assert not [name for name in contents(run) if ".tmp" in name]
+    train([replace(tiny_config, **beside)], [tmp_path / "one"], resume=True)
+    assert_close_run(tmp_path / "one", alone)
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["at once", "beside training"])
+def test_a_disk_that_is_full_for_one_process_is_told_once_and_alike(start, divided, tmp_path, beside):
+    config = replace(divided, async_checkpoints=beside)
+    world = start(config, tmp_path / "run", plan={"rank": 1, "writing": 2, "full": True})
+    assert world.wait() == [2, 2]
+    assert one_line(world.said()).startswith("topkapi: the system refused somewhere: No space left on device.")
+    assert checkpoint.steps(tmp_path / "run") == [5]
+    assert len(metrics(tmp_path / "run")) == (15 if beside else 10)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_waits_for_what_is_written_beside_training(start, whole, divided, tmp_path, rank):
+    config, run = replace(divided, async_checkpoints=True), tmp_path / "run"
+    world = start(config, run, plan={"rank": rank, "step": 5, "signal": signal.SIGTERM})
+    assert world.wait() == [128 + signal.SIGTERM] * 2, world.said()
+    assert checkpoint.steps(run) == [5, 6]
+    start(config, run, "--resume").ends_well()
+    assert_same_run(run, whole[0])
 
 
 def test_batches_made_ahead_by_live_language_models_train_alike(start, whole, divided, tmp_path):

@@ -1,16 +1,18 @@
 """Seen to fail when: the dead counters, the EMA or the data position are not restored; a signal before the first step
 after a resume finds no loss to check; checkpoints are pruned before all runs side by side have the new one; the
-autoencoders side by side share a dead counter."""
+autoencoders side by side share a dead counter; an error of a checkpoint beside training is not raised."""
 
 import errno
 import json
 import os
 import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch.distributed import checkpoint as dcp
 
 from tests.command_line import assert_same_run, contents, metrics, one_line, train_arguments
 from tests.data.tiny import make_corpus
@@ -81,6 +83,66 @@ def test_stopped_and_resumed_equals_undisturbed(undisturbed, tiny_config, tmp_pa
     train([tiny_config], [run], resume=True)
     assert_same_run(run, undisturbed)
     assert (run / "config.json").read_bytes() == (undisturbed / "config.json").read_bytes()
+
+
+@pytest.fixture
+def beside_config(tiny_config):
+    """`tiny_config` with checkpoints written beside training."""
+    return replace(tiny_config, async_checkpoints=True)
+
+
+def test_training_goes_on_beside_a_checkpoint_and_ends_alike(undisturbed, beside_config, tmp_path, monkeypatch):
+    run, reached, found = tmp_path / "run", threading.Event(), []
+    step_, write_data = Trainer.step_, dcp.FileSystemWriter.write_data
+
+    def stepping(self, x, done):
+        if done == 8:
+            found.append(checkpoint.steps(run))
+            reached.set()
+        step_(self, x, done)
+
+    def writing(self, *arguments):
+        assert reached.wait(60)
+        return write_data(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "step_", stepping)
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", writing)
+    train([beside_config], [run])
+    assert found == [[]]  # the checkpoint of step 5 was being written in step 9
+    assert_same_run(run, undisturbed)
+    assert checkpoint.steps(run) == checkpoint.steps(undisturbed)
+
+
+def test_stopped_beside_a_checkpoint_and_resumed_equals_undisturbed(undisturbed, beside_config, tmp_path):
+    run = tmp_path / "run"
+    for stop in (5, 6, 13):
+        said = f"SIGTERM: .* saved at step {stop} of 20; continue with topkapi"
+        train_until([beside_config], [run], stop, resume=True, match=said)
+        assert checkpoint.steps(run)[-1] == stop
+    train([beside_config], [run], resume=True)
+    assert_same_run(run, undisturbed)
+
+
+@pytest.mark.parametrize("step", [10, 20], ids=["the next one", "the end"])
+def test_a_full_disk_beside_training_is_told_no_later_than_at(undisturbed, beside_config, tmp_path, monkeypatch, step):
+    run, original, begun = tmp_path / "run", dcp.FileSystemWriter.write_data, []
+
+    def write_data(self, *arguments):
+        begun.append(None)
+        if len(begun) == step // 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dcp.FileSystemWriter, "write_data", write_data)
+        with pytest.raises(OSError, match="No space left"):
+            train([beside_config], [run])
+    assert metrics(run)[-1]["step"] == min(step + 5, 20)
+    assert checkpoint.steps(run)[-1] == step - 5
+    assert not [path for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
+    assert not (run / "model.safetensors").exists()
+    train([beside_config], [run], resume=True)
+    assert_same_run(run, undisturbed)
 
 
 def test_stopped_while_waiting_for_data_right_after_a_resume(undisturbed, tiny_config, tmp_path, monkeypatch):
@@ -251,8 +313,10 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_only(undisturbed, tiny_conf
     assert "resuming at step 10" in said
 
 
-def test_a_failure_between_two_runs_leaves_a_checkpoint_they_share(tiny_config, tmp_path, monkeypatch):
-    configs = [replace(tiny_config, keep_checkpoints=1, model=replace(tiny_config.model, seed=seed)) for seed in (0, 1)]
+@pytest.mark.parametrize("beside", [False, True], ids=["at once", "beside training"])
+def test_a_failure_between_two_runs_leaves_a_checkpoint_they_share(tiny_config, tmp_path, monkeypatch, beside):
+    config = replace(tiny_config, keep_checkpoints=1, async_checkpoints=beside)
+    configs = [replace(config, model=replace(config.model, seed=seed)) for seed in (0, 1)]
     runs = [tmp_path / "a", tmp_path / "b"]
     original = checkpoint.save
 

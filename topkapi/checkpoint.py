@@ -9,13 +9,17 @@ A checkpoint is written under another name, flushed, and renamed by rank 0 when 
 not at all. One that is found damaged is set aside, and the one before it is used; both are said. .metadata is a pickle,
 which can run code: it is read only if its checksum is the one of the manifest, so damage does no harm, but whoever may
 write to a checkpoint folder is trusted, as with any folder of programs.
+
+`Saver` does so for a training loop, which may go on while a thread writes a copy of the state. All processes write
+together then too, with process groups of their own.
 """
 
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from topkapi.console import say
@@ -32,6 +37,7 @@ from topkapi.parallel import ALONE, Mesh
 
 METADATA, MANIFEST = ".metadata", "manifest.json"
 OLD_STATE = "state.safetensors"  # of versions that knew one process only
+COPY_AHEAD = 10_000_000  # bytes brought from a GPU while those before them are written; PyTorch's own number
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,16 @@ class Rows:
 
 State = Mapping[str, Tensor | Rows]
 """Tensors by name; those that are no `Rows` are the same on every process."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint of a run is to hold."""
+
+    run: Path
+    step: int
+    state: State
+    meta: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -70,6 +86,78 @@ class Checkpoint:
         return tensors
 
 
+class Saver:
+    """Writes the checkpoints of runs side by side, at once or in the background, and removes old ones.
+
+    In the background: whoever saves waits while the state is copied to CPU memory, which is held from then on (pinned,
+    where it comes from a GPU), and while the checkpoint before this one is still being written; a thread writes the
+    copy. Every process of the mesh makes one, and calls its methods in the same order.
+    """
+
+    def __init__(self, keep: int, in_background: bool = False, mesh: Mesh = ALONE) -> None:
+        self.keep, self.mesh = keep, mesh
+        self._thread: ThreadPoolExecutor | None = None
+        self._written: Future[None] | None = None
+        self._copies: dict[tuple[Path, str], Tensor] = {}
+        if in_background:
+            _ignore_one_process()  # here, as the thread's own call can fall into another one's `catch_warnings`
+            self.mesh = _of_cpus(mesh.apart())
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="topkapi-checkpoints")
+
+    def save(self, snapshots: Sequence[Snapshot]) -> None:
+        """Write a checkpoint of each run; in the background, raises what `wait` raises of those before.
+
+        Raises OSError, on all processes, with older checkpoints untouched.
+        """
+        self.wait()
+        if self._thread is None:
+            self._write(snapshots)
+            return
+        copies = [self._copied(snapshot) for snapshot in snapshots]
+        if any(_is_on_gpu(snapshot.state) for snapshot in snapshots):
+            torch.cuda.current_stream().synchronize()
+        self._written = self._thread.submit(self._write, copies)
+
+    def wait(self) -> None:
+        """Return when what was saved is on the disk.
+
+        Raises OSError if it could not be written, as `save` does without a background, and any other error of it.
+        """
+        written, self._written = self._written, None
+        if written is not None:
+            written.result()
+
+    def close(self) -> None:
+        """Let what was saved be written, and end the thread. An error of it that `wait` has not raised is forgotten."""
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def abandon(self) -> None:
+        """`close` where a process has failed: the thread may wait for it for ever, and is left behind."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=False)
+
+    def _write(self, snapshots: Sequence[Snapshot]) -> None:
+        """Older checkpoints go when all runs have the new one, so that there is always one they share."""
+        for it in snapshots:
+            save(it.run, it.step, it.state, it.meta, self.mesh)
+        for it in snapshots:
+            self.mesh.on_first(lambda run=it.run: keep_newest(run, self.keep))
+
+    def _copied(self, snapshot: Snapshot) -> Snapshot:
+        """The same on the CPU, once the current stream is synchronised."""
+        state = {}
+        for name, value in snapshot.state.items():
+            tensor = _local(value)
+            copy = self._copies.get((snapshot.run, name))
+            if copy is None:
+                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                self._copies[snapshot.run, name] = copy
+            copy.copy_(tensor, non_blocking=True)
+            state[name] = replace(value, local=copy) if isinstance(value, Rows) else copy
+        return replace(snapshot, state=state)
+
+
 def save(run: Path, step: int, state: State, meta: dict[str, Any], mesh: Mesh = ALONE) -> None:
     """Write the checkpoint of `step`; every process of the mesh calls it.
 
@@ -81,7 +169,8 @@ def save(run: Path, step: int, state: State, meta: dict[str, Any], mesh: Mesh = 
     with ExitStack() as stack:
         temporary = mesh.on_first(lambda: stack.enter_context(whole_folder(target)))
         whole = {name: _as_whole(value, mesh) for name, value in state.items()}
-        writer = _Writer(temporary)
+        # What is on the CPU is written without looking at a stream, which would wait for the work of training.
+        writer = _Writer(temporary, per_thread_copy_ahead=COPY_AHEAD if _is_on_gpu(state) else 0)
         _unwrapped(lambda: dcp.save(whole, storage_writer=writer, process_group=mesh.world, no_dist=mesh.n_ranks == 1))
         checksums = mesh.gather_objects({path.name: sha256(path) for path in temporary.glob(f"__{mesh.rank}_*")})
 
@@ -188,6 +277,14 @@ class _Writer(dcp.FileSystemWriter):
             raise
 
 
+def _local(value: Tensor | Rows) -> Tensor:
+    return value.local if isinstance(value, Rows) else value
+
+
+def _is_on_gpu(state: State) -> bool:
+    return any(_local(value).is_cuda for value in state.values())
+
+
 def _as_whole(value: Tensor | Rows, mesh: Mesh) -> Tensor:
     """A tensor as torch.distributed.checkpoint takes it: with several processes, rows know their place in the whole."""
     if not isinstance(value, Rows):
@@ -208,14 +305,26 @@ def _as_whole(value: Tensor | Rows, mesh: Mesh) -> Tensor:
 
 def _unwrapped(call: Callable[[], object]) -> None:
     """Do what torch.distributed.checkpoint is asked for; of its collection of exceptions the first is raised."""
+    _ignore_one_process()
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-            call()
+        call()
     except CheckpointException as error:
         inner, _ = next(iter(error.failures.values()))
         inner.is_common = True
         raise inner from None
+
+
+def _ignore_one_process() -> None:
+    """Silence the warning that one process is one process; for good, as `catch_warnings` is not for threads."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+
+
+def _of_cpus(mesh: Mesh) -> Mesh:
+    """The same mesh for tensors on CPUs: a DTensor moves its tensor to the kind of device that its mesh has."""
+    same = mesh.device_mesh
+    if same is None:
+        return mesh
+    return replace(mesh, device_mesh=DeviceMesh("cpu", same.mesh, mesh_dim_names=same.mesh_dim_names))
 
 
 def _damage(path: Path, checksum: str) -> str | None:

@@ -288,6 +288,10 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
 
+    async_checkpoints: bool = False
+    """Go on training while a checkpoint is written. Costs CPU memory for a copy of the autoencoder and its optimiser
+    state, pinned where they are on a GPU; a checkpoint that cannot be written ends the run at the next one."""
+
     loggers: tuple[Logger, ...] = ()
     """Where metrics go besides metrics.jsonl."""
 

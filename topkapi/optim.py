@@ -65,6 +65,7 @@ class Optimizer:
         self, ae: Autoencoder, config: OptimConfig, working: Working | None = None, mesh: Mesh = ALONE
     ) -> None:
         self.config, self.n_steps, self.mesh = config, 0, mesh
+        self.first_latent = mesh.owned(ae.n_latents).start
         self.bias_scale = math.sqrt(max(ae.d_model - 1, 1))
         self.working = working or Working(ae, mesh=mesh)
         self.moments = {name: self._moments(name, getattr(ae, name).detach()) for name in PARAMETERS}
@@ -117,6 +118,7 @@ class Optimizer:
             n_steps=self.n_steps,
             unit_norm=self._is_projected(name),
             seed=PARAMETERS.index(name),
+            first_latent=self.first_latent,
         )
 
     def _is_projected(self, name: str) -> bool:

@@ -12,6 +12,7 @@ ordered with the work of the current stream before and after it. `topkapi` is la
     torchrun --nproc-per-node 8 -m -- topkapi train ... --parallel.shards 4        # 2 replicas of 4 shards
 """
 
+import itertools
 import os
 import socket
 import time
@@ -37,6 +38,8 @@ LOOK_FOR = 5.0  # seconds in which the rank that failed says so, or its process 
 # Newer PyTorch has them under new names and warns of the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+_OPENED = itertools.count()  # meshes opened by this process
 
 Group = Literal["shards", "replicas", "all"]
 """The processes of this replica; those with this shard's latents; everyone."""
@@ -302,7 +305,8 @@ def open_mesh(n_shards: int, device_type: str, timeout: timedelta = timedelta(mi
         return
     console.quiet = not speaks()
     store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
-    ending = _Ending(dist.PrefixStore("topkapi", store), rank, n_ranks)
+    store = dist.PrefixStore(f"topkapi {next(_OPENED)}", store)  # where nothing of an earlier mesh is found
+    ending = _Ending(store, rank, n_ranks)
     try:
         backend = "gloo"
         if device_type == "cuda":

@@ -184,12 +184,11 @@ class Trainer:
                 "--optim.clip-norm 1."
             )
 
-    def save(self, step: int, tokens: int, position: dict[str, int]) -> None:
-        """Write a checkpoint, together with the other processes."""
-        self.check_finite(step)
+    def snapshot(self, step: int, tokens: int, position: dict[str, int]) -> checkpoint.Snapshot:
+        """What a checkpoint holds after this step: the tensors themselves and no copies. Call `check_finite` before."""
         meta = {"tokens": tokens, "position": position, "n_steps": self.optimizer.n_steps, "scale": self.scale}
         meta |= {"metrics": self.metrics(), "source": self.source_identity}
-        checkpoint.save(self.run, step, self._state(), meta, self.mesh)
+        return checkpoint.Snapshot(self.run, step, self._state(), meta)
 
     def _state(self) -> checkpoint.State:
         """The tensors of a checkpoint, themselves and no copies."""
@@ -266,7 +265,9 @@ def train(configs: Sequence[TrainConfig], runs: Sequence[Path], resume: bool = F
             sample = batches.sample(SAMPLE_TOKENS) if saved is None else None
         trainers = [Trainer(config, run, source, sample, mesh) for config, run in zip(configs, runs, strict=True)]
         step, position = _start(trainers, batches, saved)
-        _loop(trainers, batches, step, position, stop)
+        saver = checkpoint.Saver(configs[0].keep_checkpoints, configs[0].async_checkpoints, mesh)
+        stack.push(lambda _, error, __: _let_go(saver, error, mesh))
+        _loop(trainers, batches, step, position, stop, saver)
         for trainer in trainers:
             trainer.publish(configs[0].n_steps * configs[0].batch_tokens)
         if lost := [str(run) for run in runs if run not in [trainer.run for trainer in trainers]]:
@@ -287,12 +288,12 @@ def _hold(configs: Sequence[TrainConfig], runs: Sequence[Path], resume: bool, me
     return resume and all(map(_is_finished, runs))
 
 
-def _let_go(batches: ShuffledBatches, error: BaseException | None, mesh: Mesh) -> None:
-    """Close the batches; together with the other processes unless one of them has failed."""
+def _let_go(used: ShuffledBatches | checkpoint.Saver, error: BaseException | None, mesh: Mesh) -> None:
+    """Close what has a thread; together with the other processes unless one of them has failed."""
     if mesh.n_ranks == 1 or error is None or getattr(error, "is_common", False):
-        batches.close()
+        used.close()
     else:
-        batches.abandon()
+        used.abandon()
 
 
 def _start(
@@ -313,7 +314,12 @@ def _start(
 
 
 def _loop(
-    trainers: list[Trainer], batches: ShuffledBatches, step: int, position: dict[str, int], stop: "_Stop"
+    trainers: list[Trainer],
+    batches: ShuffledBatches,
+    step: int,
+    position: dict[str, int],
+    stop: "_Stop",
+    saver: checkpoint.Saver,
 ) -> None:
     config = trainers[0].config
     logs = [_open_log(trainer, step) for trainer in trainers]
@@ -336,11 +342,13 @@ def _loop(
                     shown = _log(trainers, logs, step, tokens, rate)
                 meter.advance(config.batch_tokens, **shown)
                 if step % config.save_every == 0 or step == config.n_steps:
-                    _save(trainers, logs, step, position)
+                    _save(trainers, logs, step, position, saver)
                 stop.check()
+        saver.wait()
     except Interrupted as request:
         if step:
-            _save(trainers, logs, step, position)
+            _save(trainers, logs, step, position, saver)
+            saver.wait()
         names = ", ".join(str(trainer.run) for trainer in trainers)
         how = f"topkapi train {names} --resume" if len(trainers) == 1 else "the same command with --resume"
         state = f"{names} saved at step {step} of {config.n_steps}; continue with {how}" if step else "no step was done"
@@ -358,15 +366,18 @@ def _open_log(trainer: Trainer, step: int) -> MetricsLog | NoLog:
     return MetricsLog(trainer.run, trainer.config.loggers, to_dict(trainer.config), after_step=step)
 
 
-def _save(trainers: list[Trainer], logs: list[MetricsLog | NoLog], step: int, position: dict[str, int]) -> None:
-    """Checkpoint all runs; older checkpoints go when all have the new one, so that there is always one they share."""
+def _save(
+    trainers: list[Trainer],
+    logs: list[MetricsLog | NoLog],
+    step: int,
+    position: dict[str, int],
+    saver: checkpoint.Saver,
+) -> None:
+    """Checkpoint all runs that are not broken."""
     _drop_broken(trainers, logs, step)
     for log in logs:
         log.sync()
-    for trainer in trainers:
-        trainer.save(step, step * trainer.config.batch_tokens, position)
-    for trainer in trainers:
-        trainer.mesh.on_first(lambda t=trainer: checkpoint.keep_newest(t.run, t.config.keep_checkpoints))
+    saver.save([trainer.snapshot(step, step * trainer.config.batch_tokens, position) for trainer in trainers])
 
 
 def _warn_of_idle_auxk(config: TrainConfig) -> None:

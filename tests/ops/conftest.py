@@ -19,5 +19,5 @@ def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(weight_gradients, "SPLIT", 8)
     monkeypatch.setattr(weight_gradients, "LONG", 9)
-    few = {"latents": 4, "positions": 2, "turns": 2, "columns": 64, "programs": 3, "warps": 1}
+    few = {"latents": 4, "positions": 2, "columns": 64, "programs": 3, "warps": 1}
     monkeypatch.setattr(weight_gradients, "BIASES", few)

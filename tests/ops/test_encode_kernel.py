@@ -1,7 +1,8 @@
 """The encode_topk kernels against all pre-activations in float64.
 
 Seen to catch: a cut one key too high, candidates taken without the bound's check, groups numbered without the tile,
-columns of the two halves of a group swapped, one candidate of the sample not scored again.
+columns of the two halves of a group swapped, one candidate of the sample not scored again, the sample's tiles
+multiplied again with the others, only the first 16 of its groups kept.
 """
 
 import sys
@@ -120,6 +121,46 @@ def test_what_the_matmul_summed_in_float32_is_not_scored_again(dtype, screening,
     assert 0 < n_scored_again < found["n_found_ptr"].sum() / 4
 
 
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(("screening", "k"), [("bf16", 32), ("fp8", 100)])
+def test_each_group_that_reaches_the_bound_is_kept_once(screening, k, monkeypatch):
+    bounded, selected = launches_of("bound_rows", monkeypatch), launches_of("select_candidates", monkeypatch)
+    tensors = make(4, 9001, 144, torch.bfloat16)
+    encode_topk(*tensors, k, screening)
+    sample, bound, kept = bounded[0], bounded[0]["bound_ptr"], selected[0]
+    largest = sample["sample_ptr"].amax(2)
+    assert torch.equal(sample["largest_ptr"], largest)
+    assert torch.equal(bound, largest.topk(sample["rank"]).values[:, -1].float())
+    for row, (n_kept, n_sampled) in enumerate(zip(kept["count_ptr"], sample["of_sample_ptr"], strict=True)):
+        groups, values = kept["group_ptr"][row, :n_kept].long(), kept["value_ptr"][row, :n_kept]
+        assert len(set(groups.tolist())) == n_kept
+        reaches = (largest[row] >= bound[row]).nonzero().flatten()
+        assert torch.equal(groups[:n_sampled], reaches // 32 * 512 + reaches % 32), "32 groups a tile, 16 tiles apart"
+        assert torch.equal(values[:n_sampled], sample["sample_ptr"][row, reaches].to(values.dtype))
+        if screening == "bf16":
+            columns = torch.tensor([0, 1, 8, 9, 16, 17, 24, 25], device=DEVICE)
+            group = torch.arange(9001 // 32 * 4, device=DEVICE)
+            exact = pre_activations(*tensors)[row, (group // 4 * 32 + group % 4 * 2)[:, None] + columns].amax(1)
+            clearly = group[exact > bound[row] + 0.02 * bound[row].abs()]
+            assert torch.isin(clearly, groups).all()
+            assert (exact[groups[groups < len(exact)]] > bound[row] - 0.02 * bound[row].abs()).all()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tiles", [(0, 16), (3, 15, 17, 32), (0, 1, 16, 32)], ids=["in the sample", "not", "both"])
+def test_the_largest_are_found_wherever_they_are(tiles, tied):
+    x, W_enc, latent_bias, pre_bias = make(2, 33 * 256 - 50, 16, torch.bfloat16)
+    lifted = (torch.tensor(tiles)[:, None] * 256 + torch.arange(7, 97, 9)).flatten().to(DEVICE)  # 10 of each tile
+    latent_bias[lifted] += 20
+    if tied:
+        W_enc[lifted], latent_bias[lifted] = W_enc[7].clone(), 20.0
+    values, indices = encode_topk(x, W_enc, latent_bias, pre_bias, 20)
+    pre_acts = pre_activations(x, W_enc, latent_bias, pre_bias)
+    assert_consistent(values, indices, pre_acts, 20)
+    assert torch.isin(indices, lifted).all()
+    torch.testing.assert_close(values.double(), pre_acts.topk(20).values, rtol=2e-6, atol=2e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_fp8_screening_finds_nearly_all(dtype):
     tensors = make(8, 9001, 144, dtype)
@@ -192,7 +233,7 @@ def test_chunks_of_tokens_bound_the_memory():
     assert kernel._rows_at_once(W, 32, strict=True) == 65_536
     for k in (1, 64, 256):
         rows = kernel._rows_at_once(W, k, strict=True)
-        assert 2 * rows * 131_072 / 16 <= kernel.SAMPLE_BYTES
+        assert 2 * rows * 131_072 / 16 * 9 / 8 <= kernel.SAMPLE_BYTES
         assert 32 * rows * kernel._plan(W, k, kernel.FIRST).capacity <= kernel.KEPT_BYTES
 
 

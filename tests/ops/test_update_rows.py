@@ -4,6 +4,7 @@ Seen to catch: no projection; the first AuxK row added for latents without one; 
 the weight rounded with the square's random bits; the clipping factor squared; squares of low memory that become 0.
 """
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import fields, replace
 
@@ -118,6 +119,19 @@ def test_the_same_bits_again(kind: str) -> None:
     for field in fields(RowState):
         mine, theirs = getattr(first, field.name), getattr(second, field.name)
         assert mine is theirs is None or torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("update", [update_rows_, reference.update_rows_])
+def test_a_row_is_rounded_alike_whoever_owns_it(update: Callable[..., None]) -> None:
+    whole, half = made("low_memory", 33), N_LATENTS // 2
+    dense = torch.randn(N_LATENTS, 33, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    for rows in (slice(0, half), slice(half, N_LATENTS)):
+        part = RowState(*(None if tensor is None else tensor[rows].clone() for tensor in vars(whole).values()))
+        update(part, RowGradient(subset_rows=dense[rows]), STEP._replace(first_latent=rows.start))
+        again = deepcopy(whole)
+        update(again, RowGradient(subset_rows=dense), STEP)
+        for name, tensor in vars(part).items():
+            assert tensor is None or torch.equal(tensor, getattr(again, name)[rows]), name
 
 
 def test_no_tokens_is_a_step_with_gradient_zero() -> None:

@@ -37,6 +37,7 @@ PART_OF_KERNEL = {
     "_update": UPDATE,
     "_squares": UPDATE,
     "_bias_sums": SUMS,
+    "_column_sums": SUMS,
     "_mark": SUMS,
     "_select": AUXK,
     "_mask": AUXK,

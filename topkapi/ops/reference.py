@@ -99,6 +99,8 @@ class AdamStep(NamedTuple):
     """Remove the gradient's part along its row before, scale the row to unit norm after."""
     seed: int = 0
     """Of stochastic rounding (low memory); another one for each weight."""
+    first_latent: int = 0
+    """Number of the first row among all latents: a row is rounded alike whichever process owns it."""
 
 
 def _scratch(rows: int, columns: int, like: Tensor) -> Tensor:
@@ -426,9 +428,11 @@ def update_rows_(
         if step.unit_norm:
             unit_norm_(weight)
         if state.mean_scale is not None:
-            first, second = low_memory.random_bits(
-                start, stop, weight.shape[1], low_memory.key_of(step.seed, step.n_steps), weight.device
+            rows, key = (
+                (step.first_latent + start, step.first_latent + stop),
+                low_memory.key_of(step.seed, step.n_steps),
             )
+            first, second = low_memory.random_bits(*rows, weight.shape[1], key, weight.device)
             state.mean[part], state.mean_scale[part] = low_memory.encode_mean(mean, first)
             state.square[part], state.square_scale[part] = low_memory.encode_square(square, second)
             state.weight[part] = low_memory.round_weight(weight, first)

@@ -14,6 +14,7 @@ Memory traffic at 65 536 tokens, k = 32, d_model = 768: 3.2 GB of bf16 rows, les
 0.2 GB of target and gradient. Entries whose value is 0 are not read.
 """
 
+import math
 from functools import lru_cache
 
 import torch
@@ -55,9 +56,11 @@ def decode_step(
         return reference.decode_step(values, indices, W_dec, target, scale)
     given = LAUNCH | launch
     k_padded = max(triton.next_power_of_2(k), 2)
+    group = math.gcd(lane_columns(W_dec), d_model)  # columns that a lane loads at once: fewer where rows are unaligned
+    held = given["held"] if group == lane_columns(W_dec) else given["held"] // 2  # more partial dots take registers
     columns = min(given["columns"], max(triton.next_power_of_2(d_model), FEWEST_COLUMNS))
-    block = max(min(columns, MOST_WARPS * 32 * given["held"] // k_padded), 16)
-    num_warps = min(max(k_padded * block // (32 * given["held"]), 1), MOST_WARPS)
+    block = max(min(columns, MOST_WARPS * 32 * held // k_padded), 16)
+    num_warps = min(max(k_padded * block // (32 * held), 1), MOST_WARPS)
     stages = _fitting_stages(given["stages"], k_padded * block * W_dec.element_size(), W_dec.device)
     squared_error = torch.empty(n, dtype=sum_dtype(W_dec), device=W_dec.device)
     grad_values = torch.empty(n, k, dtype=sum_dtype(W_dec), device=W_dec.device)
@@ -66,7 +69,7 @@ def decode_step(
         _decode_step[(n,)](
             values.contiguous(), indices.contiguous(), W_dec.contiguous(), target.contiguous(),
             squared_error, grad, grad_values, float(scale),
-            D=d_model, K=k, KP=k_padded, BLOCK=block, GROUP=lane_columns(W_dec), STAGES=stages,
+            D=d_model, K=k, KP=k_padded, BLOCK=block, GROUP=group, STAGES=stages,
             num_warps=num_warps,
         )  # fmt: skip
     return DecodeStep(squared_error, grad, grad_values)
@@ -122,5 +125,9 @@ def _decode_step(
         products = _widened_again(rows, dtype) * grad[None, :]
         dots += tl.sum(tl.reshape(products, (KP, BLOCK // GROUP, GROUP)), 2)
     tl.store(squared_ptr + token, tl.sum(squares, 0))
-    grad_values = tl.where(value > 0, tl.sum(dots, 1), 0.0)
-    tl.store(grad_values_ptr + token * K + j, grad_values, mask=j < K)
+    # Every lane of a row has its sum, and the first stores it: a tensor of KP would be brought into other lanes through
+    # shared memory, where lanes with the same sum write to one place at once. The hint keeps the sums where they are.
+    g = tl.arange(0, BLOCK // GROUP)[None, :]
+    at = tl.max_contiguous(grad_values_ptr + token * K + j[:, None] + g, (1, 2))
+    grad_values = tl.where((value > 0)[:, None], tl.sum(dots, 1)[:, None], tl.zeros_like(dots))  # (KP, BLOCK / GROUP)
+    tl.store(at, grad_values, mask=(j < K)[:, None] & (g == 0))

@@ -1,9 +1,10 @@
 """Encoder matmul and exact top-k without ever holding the (n, n_latents) pre-activations.
 
-1. Sample: pre-activations of every 16th tile of latents, written as bf16. The row's j-th largest group maximum there
-   is its bound: a guess just below the k-th largest pre-activation of all, of rank about 16 j.
-2. Screen (`screen`): the matmul over the other latents keeps, of each row, the groups of 8 columns whose maximum
-   reaches the bound, about 16 j of them: 3 to 5 KB a row at k = 32 instead of 256 KB at 131 072 latents.
+1. Sample: pre-activations of every 16th tile of latents and the maxima of groups of 8 columns, written as bf16. The
+   row's j-th largest maximum is its bound: a guess just below the k-th largest pre-activation of all, of rank about
+   16 j. The sample's groups that reach it are kept.
+2. Screen (`screen`): the matmul over the other latents keeps, of each row, the groups whose maximum reaches the bound,
+   too, about 16 j in all: 3 to 5 KB a row at k = 32 instead of 256 KB at 131 072 latents.
 3. Select (`select`): the candidates are, of the kept groups, all columns within a margin of the k-th largest value, or
    with fp8 screening the 2 k largest (at least 1.25 k, as ties are taken together).
 4. Re-score (`select`): candidates' dot products in float32, from the operands as given; the k largest stay. Those are
@@ -17,7 +18,7 @@ found by their values rounded to bf16, and the margin covers that rounding. With
 bf16, and with fp8 screening, kept values are stored in bf16 and differ from the exact ones, and all candidates are
 scored again; margin and 2 k are several standard deviations of the difference. docs/performance.md has the recall.
 
-Traffic for n tokens: sample 2 * 2 n n_latents / 16 bytes, kept groups 2 * 20 * 16 j n (strict: 36 for 20), rows of
+Traffic for n tokens: sample 2.5 n n_latents / 16 bytes, kept groups 2 * 20 * 16 j n (strict: 36 for 20), rows of
 W_enc scored again (k to 2 k) d_model bytes_of(W_enc) n (strict: a 16th of that). Deterministic: groups arrive in any
 order, but which arrive and what is selected depend on values and columns alone.
 """
@@ -65,7 +66,9 @@ class Tiles(NamedTuple):
 
 
 TILES = {2: Tiles(128, 256, 64, 8, 3, 8), 1: Tiles(128, 256, 128, 8, 4, 12)}  # by bytes of an operand
-BOUND_WARPS, SELECT_WARPS = 4, 4  # at d_model 768, k 32, 131 072 latents
+BOUND_GROUPS = 1024  # of a row's sample, a warp
+BOUND_BLOCK = 16  # kept groups of the sample at a time
+SELECT_WARPS = 4  # at d_model 768, k 32, 131 072 latents; more from 128 values a thread on
 RESCORED, RESCORED_ELEMENTS = 4, 2**14  # rows of the weight that are scored again at a time, and their elements at most
 
 
@@ -149,7 +152,7 @@ def _encode(
 
 def _rows_at_once(W: Tensor, k: int, strict: bool) -> int:
     """Tokens in a chunk: few enough to bound the memory, and so that numbers of groups stay within 32 bits."""
-    sampled = _n_sampled(W) * TILES[W.element_size()].latents * torch.bfloat16.itemsize
+    sampled = _n_sampled(W) * TILES[W.element_size()].latents // GROUP * (GROUP + 1) * torch.bfloat16.itemsize
     kept = _plan(W, k, FIRST).capacity * GROUP * _kept_type(strict).itemsize
     return max(128, min(SAMPLE_BYTES // sampled, KEPT_BYTES // kept) // 128 * 128)
 
@@ -183,7 +186,7 @@ class _Encoder:
         counters = torch.zeros(3, dtype=torch.int32, device=device)
         redone.counters += (counters,)
         failed = torch.empty(n, dtype=torch.int32, device=device)
-        sample = torch.empty(n, self.n_sampled * self.tiles.latents, dtype=torch.bfloat16, device=device)
+        sample = _Sample.empty(n, self.n_sampled * self.tiles.latents // GROUP, device)
         self._screen(self.x, self.scales, None, sample=sample)
         kept = self._bound(sample, n, FIRST, failed, counters, second=False)
         self._screen(self.x, self.scales, None, kept=kept)
@@ -244,32 +247,37 @@ class _Encoder:
         x: Tensor,
         scales: Tensor | None,
         counters: Tensor | None,
-        sample: Tensor | None = None,
+        sample: "_Sample | None" = None,
         kept: "_Kept | None" = None,
     ) -> None:
         """The matmul of `x` (counters[2] rows of it, where given) with the sampled latents, or with the others."""
         tiles = self.tiles
+        values, largest = (None, None) if sample is None else sample
         if kept is None:
-            kept = _Kept(*[sample] * len(_Kept._fields))  # never read
+            kept = _Kept(*[sample.value] * len(_Kept._fields))  # never read
         screen[(self.programs,)](
             TensorDescriptor.from_tensor(x, [tiles.rows, tiles.depth]),
             TensorDescriptor.from_tensor(self.W, [tiles.latents, tiles.depth]),
-            self.latent_bias, scales, counters, kept.bound, kept.count, kept.group, kept.value, sample,
-            len(x), len(self.W), self.d_model, triton.cdiv(len(self.W), tiles.latents), self.n_sampled,
+            self.latent_bias, scales, counters, kept.bound, kept.count, kept.group, kept.value, values,
+            largest, len(x), len(self.W), self.d_model, triton.cdiv(len(self.W), tiles.latents), self.n_sampled,
             kept.group.shape[1], SAMPLE=sample is not None, SCALED=scales is not None, COUNTED=counters is not None,
             INTERPRETED=not x.is_cuda, DIRECT=is_hopper(x.device), BM=tiles.rows, BN=tiles.latents, BK=tiles.depth,
             GM=tiles.shared_rows, EVERY=SAMPLE_EVERY, PROGRAMS=self.programs,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
 
-    def _bound(self, sample: Tensor, n: int, chance: float, failed: Tensor, counters: Tensor, second: bool) -> "_Kept":
+    def _bound(
+        self, sample: "_Sample", n: int, chance: float, failed: Tensor, counters: Tensor, second: bool
+    ) -> "_Kept":
         """Bounds of the rows, or of those that failed, and lists that begin with the sample's groups."""
-        width, plan = sample.shape[1], _plan(self.W, self.k, chance)
-        kept = _Kept.empty(n, plan.capacity, _kept_type(self.strict), sample.device)
+        n_groups, plan = sample.largest.shape[1], _plan(self.W, self.k, chance)
+        kept = _Kept.empty(n, plan.capacity, _kept_type(self.strict), sample.largest.device)
+        GROUPS = triton.next_power_of_2(n_groups)
         bound_rows[(n,)](
-            sample, kept.count, kept.of_sample, kept.group, kept.value, kept.bound, failed, counters, width,
-            plan.capacity, plan.rank, SECOND=second, GROUPS=triton.next_power_of_2(width // GROUP),
-            TILE_GROUPS=self.tiles.latents // GROUP, EVERY=SAMPLE_EVERY, num_warps=_warps(width, BOUND_WARPS),
+            sample.value, sample.largest, kept.count, kept.of_sample, kept.group, kept.value, kept.bound, failed,
+            counters, n_groups, plan.capacity, plan.rank, SECOND=second, GROUPS=GROUPS,
+            TILE_GROUPS=self.tiles.latents // GROUP, EVERY=SAMPLE_EVERY, BLOCK=BOUND_BLOCK,
+            num_warps=max(1, GROUPS // BOUND_GROUPS),
         )  # fmt: skip
         return kept
 
@@ -286,7 +294,7 @@ class _Encoder:
             kept.count, kept.group, kept.value, kept.bound, candidates, places, n_found, rows, failed, counters,
             self.k, capacity, self.margin, STRICT=self.strict, WIDE=self.scales is not None, SECOND=second, C=C,
             LARGE=triton.next_power_of_2(capacity),
-            num_warps=_warps(GROUP * capacity, SELECT_WARPS),
+            num_warps=min(16, max(SELECT_WARPS, triton.next_power_of_2(GROUP * capacity) // 4096)),
         )  # fmt: skip
         BD = triton.next_power_of_2(self.d_model)
         rescore[(n,)](
@@ -309,6 +317,18 @@ class _Encoder:
             R=max(1, SINGLE_FETCHED // (BD * self.W_enc.element_size())), BLOCK=4096,
             num_warps=16,
         )  # fmt: skip
+
+
+class _Sample(NamedTuple):
+    """Pre-activations of every 16th tile of latents, and the largest of each group."""
+
+    value: Float[Tensor, "n groups group"]
+    largest: Float[Tensor, "n groups"]
+
+    @classmethod
+    def empty(cls, n: int, n_groups: int, device: torch.device) -> "_Sample":
+        shape = (n, n_groups)
+        return cls(*(torch.empty(s, dtype=torch.bfloat16, device=device) for s in ((*shape, GROUP), shape)))
 
 
 class _Kept(NamedTuple):
@@ -371,8 +391,3 @@ def _below(j: int, trials: int, p: float) -> float:
         for i in range(min(j, trials + 1))
     )
     return min(1.0, math.fsum(map(math.exp, logs)))
-
-
-def _warps(elements: int, fewest: int) -> int:
-    """At most 128 elements a thread."""
-    return min(16, max(fewest, triton.next_power_of_2(elements) // 4096))

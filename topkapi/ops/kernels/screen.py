@@ -3,11 +3,11 @@
 A persistent kernel: one program a multiprocessor walks over tiles of rows and latents, operands come through the tensor
 memory accelerator. Its output goes one of two ways:
 
-- SAMPLE: pre-activations of every EVERY-th tile of latents, as bf16, all of them.
-- otherwise, over the other tiles: a group is the 8 columns 8 i + 2 q + {0, 1}, i in 0..3, of 32 that one thread holds
-  of a row. A group whose maximum reaches the row's bound is appended to the row's list, values and number. Values are
-  the accumulator's float32 sums, 32 bytes, where the list is float32, and rounded to bf16, 16 bytes, where it is bf16.
-  Nothing crosses threads but one atomic a row, quarter and tile.
+- SAMPLE: pre-activations of every EVERY-th tile of latents, as bf16, all of them, and each group's maximum. A group is
+  the 8 columns 8 i + 2 q + {0, 1}, i in 0..3, of 32 that one thread holds of a row.
+- otherwise, over the other tiles alone: a group whose maximum reaches the row's bound is appended to the row's list,
+  values and number. Values are the accumulator's float32 sums, 32 bytes, where the list is float32, and rounded to
+  bf16, 16 bytes, where it is bf16. Nothing crosses threads but one atomic a row, quarter and tile.
 
 On Hopper values are stored straight from the accumulator's registers; elsewhere Triton moves the tile through shared
 memory first (docs/LOG.md has the difference).
@@ -75,7 +75,7 @@ def is_hopper(device: torch.device) -> bool:
 @triton.jit
 def screen(
     x_desc, w_desc, bias_ptr, scale_ptr, counter_ptr, bound_ptr, count_ptr, group_ptr, value_ptr, sample_ptr,
-    n_rows, n_latents, d_model, n_tiles, n_sampled, capacity,
+    largest_ptr, n_rows, n_latents, d_model, n_tiles, n_sampled, capacity,
     SAMPLE: tl.constexpr, SCALED: tl.constexpr, COUNTED: tl.constexpr, INTERPRETED: tl.constexpr,
     DIRECT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, GM: tl.constexpr, EVERY: tl.constexpr, PROGRAMS: tl.constexpr,
@@ -113,9 +113,11 @@ def screen(
         block = tl.arange(0, NB)[None, :, None]
         q = tl.arange(0, 4)[None, None, :]
         all8 = tl.zeros((BM, NB, 4, 8), tl.int32)
+        largest = tl.max(groups, 3)  # (BM, NB, 4)
         if SAMPLE:
             at = rows[:, None, None] * (n_sampled * (BN // 8)) + (place * (BN // 8) + block * 4 + q)
             inside = (rows < n_rows)[:, None, None] & (block >= 0) & (q >= 0)
+            tl.store(largest_ptr + at, largest.to(tl.bfloat16), mask=inside)
             if DIRECT:
                 slot = tl.where(inside, at, -1)[:, :, :, None] + all8
                 tl.inline_asm_elementwise(
@@ -131,7 +133,7 @@ def screen(
                 tl.store(sample_ptr + to, groups.to(tl.bfloat16), mask=inside[:, :, :, None])
         else:
             bound = tl.load(bound_ptr + rows, mask=rows < n_rows, other=float("nan"))  # which nothing reaches
-            hit = (tl.max(groups, 3) >= bound[:, None, None]).to(tl.int32)  # (BM, NB, 4)
+            hit = (largest >= bound[:, None, None]).to(tl.int32)
             bits = tl.sum(hit << block, 1)  # (BM, 4)
             n_hits = _bits_set(bits, DIRECT)
             counts = count_ptr + rows[:, None] + tl.zeros((BM, 4), tl.int32)

@@ -25,46 +25,60 @@ def _value(key):
 
 @triton.jit
 def _largest_with(key, wanted, low, high):
-    """The largest t with at least `wanted` keys >= t, known to lie in [low, high)."""
+    """The largest t with at least `wanted` keys >= t, known to lie in [low, high).
+
+    Steps down from `high`, twice as far each time, until there are enough: most thresholds are within an octave or two
+    of the largest key, 128 keys each, where halving the whole range would take 16 steps.
+    """
     low, high = low + tl.zeros((), tl.int32), high + tl.zeros((), tl.int32)
+    reach = tl.full((), 128, tl.int32)
     while high - low > 1:
-        middle = (low + high) // 2
+        middle = tl.maximum((low + high) // 2, high - reach)
         enough = tl.sum((key >= middle).to(tl.int32)) >= wanted
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
+        reach = tl.minimum(2 * reach, 65536)
     return low
 
 
 @triton.jit
 def bound_rows(
-    sample_ptr, count_ptr, of_sample_ptr, group_ptr, value_ptr, bound_ptr, failed_ptr, counter_ptr, width, capacity,
-    rank, SECOND: tl.constexpr, GROUPS: tl.constexpr, TILE_GROUPS: tl.constexpr, EVERY: tl.constexpr,
+    sample_ptr, largest_ptr, count_ptr, of_sample_ptr, group_ptr, value_ptr, bound_ptr, failed_ptr, counter_ptr,
+    n_groups, capacity, rank,
+    SECOND: tl.constexpr, GROUPS: tl.constexpr, TILE_GROUPS: tl.constexpr, EVERY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row's bound, and the groups of its sample that reach it."""
-    slot = tl.program_id(0)
+    """A row's bound, from the maxima of its sample's groups, and the groups that reach it."""
+    slot = tl.program_id(0).to(tl.int64)
     row = slot
     if SECOND:
         if slot >= tl.load(counter_ptr + 2):
             return
-        row = tl.load(failed_ptr + slot)
-    g, e = tl.arange(0, GROUPS), tl.arange(0, 8)
-    inside = g < width // 8
-    at = row.to(tl.int64) * width + g[:, None] * 8 + e[None, :]
-    values = tl.load(sample_ptr + at, mask=inside[:, None] & (e >= 0)[None, :], other=float("-inf"))
-    key = tl.where(inside, _key(tl.max(values.to(tl.float32), 1).to(tl.bfloat16)), 0)
+        row = tl.load(failed_ptr + slot).to(tl.int64)
+    g = tl.arange(0, GROUPS)
+    inside = g < n_groups
+    largest = tl.load(largest_ptr + row * n_groups + g, mask=inside, other=float("-inf"))
+    key = tl.where(inside, _key(largest), 0)
     reached = _largest_with(key, rank, 0, tl.max(key) + 1)
     hit = (key >= reached) & inside
     to = tl.cumsum(hit.to(tl.int32), 0) - 1
-    keep = hit & (to < capacity)
-    to += slot.to(tl.int64) * capacity
     tile = g // TILE_GROUPS  # of the sample
-    tl.store(group_ptr + to, tile * (EVERY * TILE_GROUPS) + g % TILE_GROUPS, mask=keep)
-    kept = values.to(value_ptr.dtype.element_ty)
-    tl.store(value_ptr + to[:, None] * 8 + e[None, :], kept, mask=keep[:, None] & (e >= 0)[None, :])
+    number = tile * (EVERY * TILE_GROUPS) + g % TILE_GROUPS
+    tl.store(group_ptr + slot * capacity + to, number, mask=hit & (to < capacity))
     n_hits = tl.sum(hit.to(tl.int32))
     tl.store(count_ptr + slot, n_hits)  # to which the screen adds the other tiles' groups
     tl.store(of_sample_ptr + slot, n_hits)
     tl.store(bound_ptr + slot, _value(reached))
+    tl.debug_barrier()  # numbers are read back by other threads than wrote them
+    e = tl.arange(0, 8)
+    for start in range(0, min(n_hits, capacity), BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        some = place < min(n_hits, capacity)
+        kept = tl.load(group_ptr + slot * capacity + place, mask=some, other=0)
+        of_sample = kept // (EVERY * TILE_GROUPS) * TILE_GROUPS + kept % TILE_GROUPS
+        some8 = some[:, None] & (e >= 0)[None, :]
+        values = tl.load(sample_ptr + (row * n_groups + of_sample)[:, None] * 8 + e[None, :], mask=some8, other=0.0)
+        at = (slot * capacity + place)[:, None] * 8 + e[None, :]
+        tl.store(value_ptr + at, values.to(value_ptr.dtype.element_ty), mask=some8)
 
 
 @triton.jit
@@ -119,19 +133,19 @@ def _candidates(
     at = slot.to(tl.int64) * capacity + g
     values, e = _group_values(value_ptr, at, live, GROUPS)
     key = tl.where(live[:, None], _key(values.to(tl.bfloat16)), -1)
-    first = _key(bound.to(tl.bfloat16))
+    first, top = _key(bound.to(tl.bfloat16)), tl.max(key) + 1
     if WIDE:
         reaches = True
         wanted = k + k // 4
     else:
-        kth = _largest_with(key, k, first, tl.max(key) + 1)  # below the bound nothing is trusted
+        kth = _largest_with(key, k, first, top)  # below the bound nothing is trusted
         cut = _value(kth) - margin * tl.abs(_value(kth))
         first = _key(cut.to(tl.bfloat16))
         reaches = cut >= bound
         wanted = k
     n_wide = tl.sum((key >= first).to(tl.int32))
     if n_wide > C:  # the smallest key with at most C candidates
-        first = _largest_with(key, C + 1, first, 65536) + 1
+        first = _largest_with(key, C + 1, first, top) + 1
     n_found = tl.sum((key >= first).to(tl.int32))
     trusted = reaches & (n_found >= wanted)
     if STRICT:

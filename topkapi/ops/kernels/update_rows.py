@@ -70,6 +70,7 @@ def update_rows_(
         1 / math.sqrt(1 - step.beta2**step.n_steps),
         1 - step.ema_decay,
         key,
+        step.first_latent,
         UNIT_NORM=step.unit_norm,
         **parts.constants,
         **parts.launch,
@@ -232,8 +233,8 @@ def _adam_low_memory(
 
 @triton.jit
 def _store_low_memory(
-    weight_ptr, mean_ptr, square_ptr, mean_scale_ptr, square_scale_ptr, latent, key, weight, mean, root, beta1, beta2,
-    D: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    weight_ptr, mean_ptr, square_ptr, mean_scale_ptr, square_scale_ptr, latent, first_latent, key, weight, mean, root,
+    beta1, beta2, D: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """What `_adam_low_memory` returns rounded and stored, see `topkapi.ops.low_memory`; the rounded weight."""
     mean_max = _row_max(mean, TILES)
@@ -249,7 +250,7 @@ def _store_low_memory(
     for t in tl.static_range(TILES):
         c = t * BLOCK + tl.arange(0, BLOCK)
         in_d = (c < D) | (D % BLOCK == 0)
-        first, second = _random_bits(latent, c, key)
+        first, second = _random_bits(latent + first_latent, c, key)
         words = weight[t].to(tl.uint32, bitcast=True) + (first >> 16)
         value = (words & 0xFFFF0000).to(tl.float32, bitcast=True)
         rounded = rounded + (value,)
@@ -288,11 +289,11 @@ def _unit_norm(row, TILES: tl.constexpr):
     return out
 
 
-@triton.jit(do_not_specialize=["key"])
+@triton.jit(do_not_specialize=["key", "first_latent"])
 def _update(
     values_ptr, pairs_ptr, offsets_ptr, rows_ptr, sums_ptr, subset_ptr, position_ptr, grad_scale_ptr,
     weight_ptr, mean_ptr, square_ptr, ema_ptr, working_ptr, mean_scale_ptr, square_scale_ptr,
-    rate, beta1, beta2, eps, correction, ema_step, key,
+    rate, beta1, beta2, eps, correction, ema_step, key, first_latent,
     UNIT_NORM: tl.constexpr, D: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
@@ -328,8 +329,8 @@ def _update(
         weight = _unit_norm(weight, TILES)
     if mean_scale_ptr is not None:
         weight = _store_low_memory(
-            weight_ptr, mean_ptr, square_ptr, mean_scale_ptr, square_scale_ptr, latent, key, weight, mean, root,
-            beta1, beta2, D, BLOCK, TILES,
+            weight_ptr, mean_ptr, square_ptr, mean_scale_ptr, square_scale_ptr, latent, first_latent, key,
+            weight, mean, root, beta1, beta2, D, BLOCK, TILES,
         )  # fmt: skip
     else:
         _store_row(weight_ptr, offset, column, weight, D, BLOCK, TILES)

@@ -27,8 +27,9 @@ SPLIT = 128  # pairs in a block; 8 latents on a third of 65 536 tokens are then 
 MOST_BLOCKS = 32_768  # blocks are made longer rather than more numerous: their sums take blocks x d_model x 4 bytes
 PAIRS = 4  # bf16 rows gathered at a time, half as many of float32; prefetching more through shared memory gains nothing
 COLUMNS = 256  # 8 a lane for one warp, 16 bytes of bf16
-BIASES = {"latents": 16, "positions": 32, "turns": 8, "columns": 1024, "programs": 1056, "warps": 2}
+BIASES = {"latents": 8, "positions": 32, "columns": 1024, "programs": 1584, "warps": 2}
 LONG = 512  # pairs of a latent from which on a whole program sums them
+WIDE = 2  # times the pairs of a turn that it then takes at a time; 4 would cost registers, and programs at a time
 
 
 @torch.no_grad()
@@ -147,12 +148,15 @@ def _bias_gradients(
     elif n_latents:
         _bias_sums[(programs, max(triton.cdiv(d_model, block), 1))](
             values.contiguous(), order.pairs, order.offsets, weight, sums, parts, n_latents,
-            D=d_model, LATENTS=BIASES["latents"], R=BIASES["positions"], LONG=LONG, ROWS=BIASES["warps"],
-            TURNS=BIASES["turns"], BLOCK=block, num_warps=BIASES["warps"],
+            D=d_model, LATENTS=BIASES["latents"], R=BIASES["positions"], LONG=LONG,
+            WIDE=WIDE * BIASES["latents"] * BIASES["positions"], BLOCK=block, num_warps=BIASES["warps"],
         )  # fmt: skip
     if weight is None:
         return sums, None
-    return sums, parts.sum(0)
+    row_sum = torch.empty(d_model, dtype=dtype, device=values.device)
+    if d_model:
+        _column_sums[(triton.cdiv(d_model, 8),)](parts, row_sum, programs, D=d_model, ROWS=512, COLUMNS=8, num_warps=8)
+    return sums, row_sum
 
 
 @torch.no_grad()
@@ -272,65 +276,90 @@ def _block_sums(
 
 
 @triton.jit
-def _segment_sums(
-    values_ptr, pairs_ptr, offsets_ptr, first, n_latents,
-    LATENTS: tl.constexpr, R: tl.constexpr, LONG: tl.constexpr, dtype: tl.constexpr,
+def _sums_beyond(
+    values_ptr, pairs_ptr, start, stop, LATENTS: tl.constexpr, R: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr,
+    dtype: tl.constexpr,
 ):  # fmt: skip
-    """Sums of the values of LATENTS latents from `first` on, R pairs of each at a time, of long segments LATENTS R."""
-    latent = first + tl.arange(0, LATENTS)
-    exists = latent < n_latents
-    start = tl.load(offsets_ptr + latent, mask=exists, other=0)
-    length = tl.load(offsets_ptr + latent + 1, mask=exists, other=0) - start
+    """Sums of the values of LATENTS segments, R pairs of each at a time, of long ones WIDE, one after another."""
+    length = stop - start
     short = tl.where(length < LONG, length, 0)
     acc = tl.zeros((LATENTS, R), dtype)
     for j0 in range(0, tl.max(short, 0), R):
         j = (j0 + tl.arange(0, R))[None, :]
         inside = j < short[:, None]
         pair = tl.load(pairs_ptr + start[:, None] + j, mask=inside, other=0)
-        acc += tl.load(values_ptr + pair, mask=inside, other=0.0).to(dtype)  # (LATENTS, R)
+        acc += tl.load(values_ptr + pair, mask=inside, other=0.0).to(dtype)
     total = tl.sum(acc, 1)
     if tl.max(length, 0) >= LONG:
-        for i in range(min(LATENTS, n_latents - first)):
-            start_i = tl.load(offsets_ptr + first + i)
-            stop_i = tl.load(offsets_ptr + first + i + 1)
+        for i in range(LATENTS):
+            this = tl.arange(0, LATENTS) == i
+            start_i = tl.sum(tl.where(this, start, 0), 0)
+            stop_i = tl.sum(tl.where(this, stop, 0), 0)
             if stop_i - start_i >= LONG:
-                wide = tl.zeros((LATENTS * R,), dtype)
-                for j0 in range(start_i, stop_i, LATENTS * R):
-                    j = j0 + tl.arange(0, LATENTS * R)
+                wide = tl.zeros((WIDE,), dtype)
+                for j0 in range(start_i, stop_i, WIDE):
+                    j = j0 + tl.arange(0, WIDE)
                     pair = tl.load(pairs_ptr + j, mask=j < stop_i, other=0)
                     wide += tl.load(values_ptr + pair, mask=j < stop_i, other=0.0).to(dtype)
-                total = tl.where(tl.arange(0, LATENTS) == i, tl.sum(wide, 0), total)
+                total = tl.where(this, tl.sum(wide, 0), total)
     return total
 
 
 @triton.jit
 def _bias_sums(
     values_ptr, pairs_ptr, offsets_ptr, weight_ptr, sums_ptr, parts_ptr, n_latents,
-    D: tl.constexpr, LATENTS: tl.constexpr, R: tl.constexpr, LONG: tl.constexpr, ROWS: tl.constexpr,
-    TURNS: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, LATENTS: tl.constexpr, R: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums of the latents' values and, where a weight is given, a part of the sum of its rows times them.
 
-    Programs of other columns compute the same sums and store them once more.
+    Offsets, pairs and values are found one after another. Rows of the weight are on their way meanwhile, and the next
+    latents' offsets and pairs too. Programs of other columns compute the same sums and store them once more.
     """
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     dtype: tl.constexpr = sums_ptr.dtype.element_ty
-    acc = tl.zeros((ROWS, BLOCK), dtype)
-    for first in range(tl.program_id(0) * LATENTS, n_latents, tl.num_programs(0) * LATENTS):
-        total = _segment_sums(values_ptr, pairs_ptr, offsets_ptr, first, n_latents, LATENTS, R, LONG, dtype)
+    acc = tl.zeros((BLOCK,), dtype)
+    j = tl.arange(0, R)[None, :]
+    step = tl.num_programs(0) * LATENTS
+    latent = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
+    start = tl.load(offsets_ptr + latent, mask=latent < n_latents, other=0)
+    stop = tl.load(offsets_ptr + latent + 1, mask=latent < n_latents, other=0)
+    pair = tl.load(pairs_ptr + start[:, None] + j, mask=j < (stop - start)[:, None], other=0)
+    for first in range(tl.program_id(0) * LATENTS, n_latents, step):
         latent = first + tl.arange(0, LATENTS)
+        value = tl.load(values_ptr + pair, mask=j < (stop - start)[:, None], other=0.0).to(dtype)
+        if weight_ptr is not None:
+            mask = (latent < n_latents)[:, None] & (c < D)[None, :]
+            rows = tl.load(weight_ptr + latent.to(tl.int64)[:, None] * D + c[None, :], mask=mask, other=0.0)
+        more = latent + step
+        next_start = tl.load(offsets_ptr + more, mask=more < n_latents, other=0)
+        next_stop = tl.load(offsets_ptr + more + 1, mask=more < n_latents, other=0)
+        total = tl.sum(value, 1)
+        if tl.max(stop - start, 0) > R:
+            begun = tl.minimum(start + R, stop)
+            total += _sums_beyond(values_ptr, pairs_ptr, begun, stop, LATENTS, R, LONG, WIDE, dtype)
+        pair = tl.load(pairs_ptr + next_start[:, None] + j, mask=j < (next_stop - next_start)[:, None], other=0)
         tl.store(sums_ptr + latent, total, mask=latent < n_latents)
         if weight_ptr is not None:
             tl.debug_barrier()  # the sums are read back by other threads than wrote them
-            for i0 in range(first, min(first + LATENTS, n_latents), ROWS * TURNS):
-                for turn in tl.static_range(TURNS):  # whose loads are all under way before the first is used
-                    i = i0 + turn * ROWS + tl.arange(0, ROWS)
-                    weights = tl.load(sums_ptr + i, mask=i < n_latents, other=0.0)
-                    mask = (i < n_latents)[:, None] & (c < D)[None, :]
-                    rows = tl.load(weight_ptr + i.to(tl.int64)[:, None] * D + c[None, :], mask=mask, other=0.0)
-                    acc += weights[:, None] * rows.to(dtype)  # (ROWS, BLOCK), a row for each warp
+            weights = tl.load(sums_ptr + latent, mask=latent < n_latents, other=0.0)
+            acc += tl.sum(weights[:, None] * rows.to(dtype), 0)
+        start = next_start
+        stop = next_stop
     if weight_ptr is not None:
-        tl.store(parts_ptr + tl.program_id(0).to(tl.int64) * D + c, tl.sum(acc, 0), mask=c < D)
+        tl.store(parts_ptr + tl.program_id(0).to(tl.int64) * D + c, acc, mask=c < D)
+
+
+@triton.jit
+def _column_sums(x_ptr, out_ptr, n_rows, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sums over the rows; many programs of few columns, as the rows are few and wait for each other."""
+    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    acc = tl.zeros((ROWS, COLUMNS), out_ptr.dtype.element_ty)
+    for i0 in range(0, n_rows, ROWS):
+        i = i0 + tl.arange(0, ROWS)
+        mask = (i < n_rows)[:, None] & (c < D)[None, :]
+        acc += tl.load(x_ptr + i[:, None] * D + c[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + c, tl.sum(acc, 0), mask=c < D)
 
 
 @triton.jit
