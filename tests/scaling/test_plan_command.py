@@ -41,6 +41,16 @@ def test_reserved_memory_is_not_planned_with(capsys):
     assert "of 35 GiB to use" in capsys.readouterr().out
 
 
+def test_flags_say_the_micro_batch_where_the_whole_batch_does_not_fit(capsys):
+    options = [*SMALL, "--shards", "2", "--batch-tokens", "8M", "--reserve", "120"]
+    assert main(options) == 0
+    text = capsys.readouterr().out
+    assert "--parallel.shards 2 --parallel.micro-batch-tokens 1048576\n" in text
+    assert "In 2 micro-batches of 1,048,576 tokens a GPU" in text
+    assert main([*options[:-2], "--reserve", "0"]) == 0
+    assert "micro-batch" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
