@@ -174,7 +174,7 @@ def _too_large(job: Job, gpu: Hardware, search: Search) -> str:
             "them: take another number of GPUs, or make --batch-tokens a multiple of it."
         )
     usable = gpu.memory * gpu.usable
-    kept = min(sum(weights_and_state(job, one.rank.latents).values()) for one in tried)
+    kept = min(sum(weights_and_state(job, one.rank.latents, one.rank.owned_latents).values()) for one in tried)
     if kept < usable:
         least = min(tried, key=lambda one: total(one.memory))
         return (
