@@ -4,20 +4,22 @@
     python benchmarks/planned.py runs/scaling.jsonl
 
 Reads the JSON lines that benchmarks/scaling.py prints, and plans the same steps on the same mesh (`batch` is of one
-GPU; 1x1 is one GPU alone). The next batch is left out of the memory, as the benchmark makes none ahead. An error above
-0 is a plan that is too slow, or holds too much.
+GPU; 1x1 is one GPU alone). The next batch is left out of both time and memory, as the benchmark makes none ahead. An
+error above 0 is a plan that is too slow, or holds too much.
 """
 
 import argparse
 import json
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from topkapi.scaling.hardware import Hardware, load
 from topkapi.scaling.memory import NEXT_BATCH, memory, total
 from topkapi.scaling.shapes import Job, Layout
 from topkapi.scaling.step_time import step_time
+from topkapi.scaling.volumes import ACTIVATIONS
 
 GIB = 2**30
 K = 32  # of benchmarks/scaling.py
@@ -42,8 +44,9 @@ def planned(case: dict, gpu: Hardware) -> tuple[float, float]:
         exchange="auto" if case["exchange"] == "none" else case["exchange"],
         micro_batch_tokens=case.get("micro", 0),
     )
-    held = memory(job, layout)
-    return 1e3 * step_time(job, layout, gpu).seconds, (total(held) - held[NEXT_BATCH]) / GIB
+    held, step = memory(job, layout), step_time(job, layout, gpu)
+    parts = [part for part in step.parts if part.name != ACTIVATIONS]
+    return 1e3 * replace(step, parts=parts).seconds, (total(held) - held[NEXT_BATCH]) / GIB
 
 
 def row(case: dict, gpu: Hardware) -> tuple[list[str], float, float]:

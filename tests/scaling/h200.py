@@ -56,6 +56,19 @@ COLLECTIVES = {
     "gather": (1, {1: 27, 16: 90, 128: 549, 1024: 3860}),
     "scatter_sum": (2, {1: 31, 16: 93, 128: 584, 1024: 3910}),  # the sizes are of what comes out, half of what goes in
 }
+# Steps on two GPUs, as benchmarks/scaling.py prints them: d_model 768, k 32, 65 536 tokens a GPU.
+# Replicas, shards, exchange, latents, precision; milliseconds and peak GiB.
+ON_TWO = [
+    (1, 2, "auto", 131072, "bf16", 28.87, 3.33),
+    (1, 2, "auto", 524288, "bf16", 99.91, 7.41),
+    (1, 2, "auto", 131072, "fp8", 22.26, 3.90),
+    (2, 1, "sparse", 131072, "bf16", 27.48, 3.77),
+    (2, 1, "dense", 131072, "bf16", 28.30, 3.77),
+    (2, 1, "sparse", 524288, "bf16", 100.71, 7.65),
+    (2, 1, "dense", 524288, "bf16", 106.07, 10.94),
+    (2, 1, "sparse", 131072, "fp8", 19.91, 3.62),
+    (2, 1, "dense", 131072, "fp8", 20.68, 3.62),
+]
 PARTS = (STEP, NORMALISE, ENCODE, DECODE, SORT, BIASES, UPDATE, AUXK)
 
 

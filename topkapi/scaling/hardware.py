@@ -78,6 +78,8 @@ class Hardware:
     """Of GPUs of different nodes: the rates are those of one GPU's network card."""
     collective: float
     """Seconds of the smallest collective, besides its hops."""
+    overlap: float
+    """Share that is gained of the time in which a GPU could compute and communicate at once."""
 
     def __post_init__(self) -> None:
         for owner in (self, self.rates, self.inside, self.between):
@@ -89,7 +91,8 @@ class Hardware:
 
 # Rates: fitted by `topkapi.scaling.calibration` to benchmarks/results/h200-2026-11-23-bench.json. `inside`: two GPUs,
 # NVLink, 16 MiB to 1 GiB. `between`: not measured; a 400 Gb/s card for each GPU, of which nine tenths. Hops: NCCL's own
-# table (src/graph/tuning.cc, ring, simple protocol).
+# table (src/graph/tuning.cc, ring, simple protocol). `overlap`: nine steps on 1 x 2 and 2 x 1 GPUs took
+# longer than what runs alone, by 60 to 120 % of what could have travelled beside computing.
 H200 = Hardware(
     name="H200",
     source="measured on one GPU and, inside a node, on two; between nodes assumed: a 400 Gb/s card for each GPU",
@@ -115,6 +118,7 @@ H200 = Hardware(
     inside=Link(gather=265e9, sum=330e9, hop=3.4e-6),
     between=Link(gather=45e9, sum=45e9, hop=9.6e-6),
     collective=20e-6,
+    overlap=0.15,
 )
 # The same chip with less and slower memory: everything that is bytes is scaled by 3.35 / 4.8, the data sheets' ratio.
 H100 = replace(

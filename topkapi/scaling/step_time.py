@@ -2,8 +2,8 @@
 
 A part is a list of amounts: so many operations, bytes, pairs to sort. The amounts follow from the shapes and from how
 the kernels work (`topkapi/ops/kernels`); what a unit of each costs is the GPU's (`topkapi.scaling.hardware`). Parts
-that a GPU computes are added up, as they run one after another; collectives too, but for what travels while something
-else is computed.
+that a GPU computes are added up, as they run one after another; collectives too, but for a share of what travels while
+something else is computed.
 """
 
 import math
@@ -90,10 +90,11 @@ def step_time(job: Job, layout: Layout, gpu: Hardware) -> StepTime:
     parts = [Part(name, value) for name, value in seconds.items()]
     found, left = volumes(job, layout), _beside(job, layout, rank, seconds, gpu)
     for volume in found:
-        part = _collective(volume, layout, gpu, left.get(volume.beside, 0.0))
+        taken = collective_seconds(volume, path_of(volume, layout, gpu.gpus_per_node), gpu)
+        beside = min(taken, left.get(volume.beside, 0.0))
         if volume.beside:
-            left[volume.beside] -= part.hidden
-        parts.append(part)
+            left[volume.beside] -= beside
+        parts.append(Part(volume.name, taken, volume, gpu.overlap * beside))
     launches = sum(amounts.get("launches", 0) for amounts in own.values()) + sum(volume.calls for volume in found)
     base = sum(one.get("launches", 0) for one in compute(ONE_GPU, Layout(), rank_of(ONE_GPU, Layout()), 1).values())
     return StepTime(parts, gpu.host * launches / base)
@@ -299,9 +300,3 @@ def collective_seconds(volume: Volume, path: Path, gpu: Hardware) -> float:
 
 def _hops(steps: Number, crossings: Number, inside: Link, between: Link) -> float:
     return (steps - crossings) * inside.hop + crossings * between.hop
-
-
-def _collective(volume: Volume, layout: Layout, gpu: Hardware, behind: float) -> Part:
-    """A collective, of which at most `behind` seconds pass while something else is computed."""
-    seconds = collective_seconds(volume, path_of(volume, layout, gpu.gpus_per_node), gpu)
-    return Part(volume.name, seconds, volume, min(seconds, behind))
