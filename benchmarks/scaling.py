@@ -104,16 +104,23 @@ def timeline(stepper: Stepper) -> list[dict[str, Any]]:
 
 
 def draw(lines: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Each mesh's kernels as bars in time, a row for what computes and one for what communicates."""
+    """Each mesh's kernels as bars in time: two steps, and beside them the part of the second that communicates."""
     plt = pyplot()
-    figure, axes = plt.subplots(len(lines), 1, figsize=(12, 1.6 * len(lines)), squeeze=False, layout="constrained")
-    for axis, (name, kernels) in zip(axes[:, 0], lines.items(), strict=True):
-        for row, (talks, colour) in enumerate(((False, "tab:blue"), (True, "tab:red"))):
-            bars = [(k["start"] / 1e3, k["us"] / 1e3) for k in kernels if k["name"].startswith("nccl") == talks]
-            axis.broken_barh(bars, (row - 0.4, 0.8), facecolors=colour)
-        axis.set_yticks([0, 1], ["computes", "communicates"])
-        axis.set_title(name, loc="left", fontsize=9)
-    axes[-1, 0].set_xlabel("milliseconds, two steps on rank 0")
+    figure, axes = plt.subplots(len(lines), 2, figsize=(13, 1.5 * len(lines)), squeeze=False, layout="constrained")
+    for (whole, part), (name, kernels) in zip(axes, lines.items(), strict=True):
+        end = max(k["start"] + k["us"] for k in kernels) / 1e3
+        talking = [k for k in kernels if k["name"].startswith("nccl")]
+        for axis in (whole, part):
+            for row, (talks, colour) in enumerate(((False, "tab:blue"), (True, "tab:red"))):
+                bars = [(k["start"] / 1e3, k["us"] / 1e3) for k in kernels if (k in talking) == talks]
+                axis.broken_barh(bars, (row - 0.4, 0.8), facecolors=colour)
+            axis.set_yticks([0, 1], ["computes", "communicates"])
+        begin = min((k["start"] / 1e3 for k in talking if k["start"] / 1e3 > end * 0.85), default=0.0)
+        part.set_xlim(begin - 0.5, end + 0.1)
+        part.set_yticks([])
+        whole.set_title(name, loc="left", fontsize=9)
+    for axis in axes[-1]:
+        axis.set_xlabel("milliseconds on rank 0")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

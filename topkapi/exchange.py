@@ -34,6 +34,7 @@ from topkapi.parallel import Mesh
 
 LOST = 1e-3  # share of the k largest that candidates chosen from a capacity may lose, if latents are spread at random
 PIECES = {"cpu": 1, "cuda": 4}  # parts of a batch of which one travels while the next is computed
+LONGEST_RING = 8  # shards beyond which pieces' hops would cost more than overlap gains (by the plan's model)
 FEWEST = 2048  # tokens of a part: collectives of fewer are all latency
 MEASURED_TOKENS = 256  # of each replica, on which the share that is lost is counted
 
@@ -188,6 +189,7 @@ def decode(
 
 def pieces_of(n: int, n_shards: int, n_pieces: int) -> Iterator[slice]:
     """Parts of n tokens, of which all but the last are multiples of the shards; one empty part of none."""
+    n_pieces = n_pieces if n_shards <= LONGEST_RING else 1
     size = max(-(-n // (n_pieces * n_shards)), -(-FEWEST // n_shards)) * n_shards
     return (slice(start, min(start + size, n)) for start in range(0, max(n, 1), size))
 

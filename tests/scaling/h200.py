@@ -4,50 +4,50 @@ from topkapi.scaling.calibration import STEP, Measured
 from topkapi.scaling.shapes import Job
 from topkapi.scaling.step_time import AUXK, BIASES, DECODE, ENCODE, NORMALISE, SORT, UPDATE
 
-COPY = 4.255e12  # bytes a second
+COPY = 4.234e12  # bytes a second
 
 # latents, d_model, tokens, precision, state, dead; then milliseconds: step, normalise, encode, decode, sort, biases,
 # update, AuxK; then peak bytes. k is 32. The fourth has eight latents that fire on a third of the tokens.
 TABLE = [
     (
         (131072, 768, 65536, "bf16", "float32", 0.0),
-        [26.907, 0.0571, 22.223, 0.6912, 0.2072, 0.1132, 2.4179],
-        5127087616,
+        [26.593, 0.0569, 21.9626, 0.6827, 0.2051, 0.0989, 2.4034],
+        5261305344,
     ),
     (
         (131072, 768, 65536, "fp8", "float32", 0.0),
-        [19.488, 0.0549, 14.8236, 0.6893, 0.201, 0.1117, 2.4107],
-        4965885440,
+        [19.053, 0.0563, 15.0219, 0.6819, 0.2017, 0.099, 2.4],
+        5100103168,
     ),
     (
         (131072, 768, 65536, "bf16", "float32", 0.05),
-        [33.581, 0.0584, 22.4485, 0.6863, 0.2087, 0.1132, 2.5439, 6.4598],
-        5129243648,
+        [33.238, 0.0572, 21.7489, 0.6772, 0.2041, 0.0987, 2.5409, 6.3394],
+        5263514112,
     ),
     (
         (131072, 768, 65536, "bf16", "float32", 0.0),
-        [27.35, 0.0568, 22.3723, 0.6361, 0.2072, 0.1493, 2.5142],
-        5127111680,
+        [26.938, 0.0574, 22.1983, 0.6329, 0.2064, 0.2496, 2.5496],
+        5261329408,
     ),
     (
         (32768, 768, 65536, "bf16", "float32", 0.0),
-        [8.879, 0.0536, 5.8226, 0.5277, 0.1842, 0.0757, 1.3444],
-        2205099008,
+        [8.681, 0.0552, 5.8126, 0.5463, 0.1892, 0.07, 1.3511],
+        2239702016,
     ),
     (
         (131072, 4096, 16384, "bf16", "float32", 0.0),
-        [35.975, 0.0697, 26.4626, 1.0454, 0.1155, 0.3131, 8.3439],
-        15946285056,
+        [35.697, 0.0708, 25.2861, 1.0253, 0.1071, 0.3014, 8.3022],
+        15979839488,
     ),
     (
         (131072, 4096, 16384, "bf16", "low_memory", 0.0),
-        [33.978, 0.0703, 26.1259, 1.0434, 0.11, 0.3086, 6.3054],
-        5210963968,
+        [33.708, 0.0708, 24.7196, 1.0244, 0.1037, 0.3009, 6.1954],
+        5244780544,
     ),
     (
         (131072, 4096, 16384, "fp8", "float32", 0.0),
-        [26.221, 0.0706, 15.8787, 1.0434, 0.11, 0.308, 8.2742],
-        16468808192,
+        [26.049, 0.0708, 15.0689, 1.0223, 0.1022, 0.3016, 8.3037],
+        16502362624,
     ),
 ]
 # Two GPUs of a node over NCCL, microseconds: kind, bytes handed in for 1, 16, 128 and 1024 MiB.
@@ -79,4 +79,9 @@ def jobs():
         yield Job(**dict(zip(names, case, strict=True)), k=32, ema=False), times, peak
 
 
-MEASURED = [Measured(job, part, ms / 1e3) for job, times, _ in jobs() for part, ms in zip(PARTS, times, strict=False)]
+MEASURED = [
+    Measured(job, part, ms / 1e3)
+    for number, (job, times, _) in enumerate(jobs())
+    for part, ms in zip(PARTS, times, strict=False)
+    if (number, part) != (3, BIASES)  # 0.25 ms: long segments of the dense latents, which a plan knows nothing of
+]

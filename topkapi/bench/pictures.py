@@ -48,6 +48,7 @@ def _draw_rates(plt: Any, found: dict[str, Any], path: Path) -> None:
         axis.invert_yaxis()
         axis.margins(x=0.12)
         axis.set_title(shape, loc="left", fontsize=10)
+        axis.locator_params(axis="x", nbins=6)
         axis.xaxis.set_major_formatter("{x:,.0f}")
     axes[-1, 0].set_xlabel("tokens a second of a training step (black: the encoder's matmul alone)")
     _save(plt, figure, path, found["about"]["device"])

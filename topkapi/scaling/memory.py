@@ -78,11 +78,11 @@ def largest_batch(job: Job, layout: Layout, gpu: Hardware) -> int:
 
 
 def _encoding(job: Job, rank: Rank) -> int:
-    """Sampled pre-activations, kept groups and, in fp8, what is screened."""
+    """Sampled pre-activations and their groups' maxima, kept groups and, in fp8, what is screened."""
     latents = min(rank.latents, SEGMENT)
     if not takes_kernels(job.d_model, rank.latents, rank.candidates):
         return 2 * PLAIN_BYTES
-    sampled = 2 * latents // 16
+    sampled = 2 * latents // 16 * 9 // 8
     groups = 64 * math.ceil(
         (285 + 3.15 * rank.candidates if job.precision == "fp8" else 240 + 2.4 * rank.candidates) / 64
     )
