@@ -22,7 +22,7 @@ from topkapi.data.activations import LiveBlocks
 from topkapi.data.batches import ShuffledBatches
 from topkapi.data.pipeline import BatchesAhead
 from topkapi.errors import TopkapiError
-from topkapi.train import Interrupted, Trainer, load_run, train
+from topkapi.train import Interrupted, Trainer, _warn_of_loss, load_run, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -362,3 +362,12 @@ def test_a_broken_neighbour_is_left_behind(undisturbed, tiny_config, tmp_path, c
     assert "The others go on without it" in capsys.readouterr().err
     assert not (runs[0] / "model.safetensors").exists()
     assert_same_run(runs[1], undisturbed)
+
+
+def test_much_that_is_lost_in_selection_is_said_once(capsys):
+    trainer = object.__new__(Trainer)
+    trainer.has_warned_of_loss, trainer._last = False, None
+    for lost, said in ((0.001, False), (0.034, True), (0.04, False)):
+        trainer.latest = {"lost": lost}
+        _warn_of_loss(trainer)
+        assert ("3.4% of the k largest" in capsys.readouterr().err) == said

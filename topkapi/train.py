@@ -51,6 +51,7 @@ from topkapi.step import relu_step, topk_step
 WEIGHTS = ("W_enc", "W_dec")
 WITHOUT_LATENTS = "pre_bias"  # the parameter that is the same on every shard
 SECOND_SIGNAL_AFTER = 2.0  # seconds: a launcher and a terminal may both pass on what was one
+MOST_LOST = 0.01  # share of the k largest latents that shards may lose without a warning: ten times what is planned
 SAMPLE_TOKENS = 32_768  # for the geometric median, the encoder's scale and the loss's constant
 
 
@@ -131,6 +132,7 @@ class Trainer:
         self.optimizer = Optimizer(self.ae, config.optim, self.working, mesh)
         self.dead = DeadCounter(len(self.working.latent_bias), language_model.device, mesh)
         self.latest: dict[str, float] = {}
+        self.has_warned_of_loss = False
         self._last: _Last | None = None
         self._measured: _Measured | None = None
 
@@ -409,8 +411,20 @@ def _log(
     for trainer, log in zip(trainers, logs, strict=True):
         lr = learning_rate(trainer.config.optim, step - 1, trainer.config.n_steps)
         log.write(step=step, tokens=tokens, **trainer.metrics(), lr=lr, tokens_per_second=round(rate, 1))
+        _warn_of_loss(trainer)
     first = trainers[0].metrics()
     return {name: first[name] for name in ("normalized_mse", "l0", "dead_fraction")}
+
+
+def _warn_of_loss(trainer: Trainer) -> None:
+    """Say once if selection by capacity loses much more than it would with latents spread over shards at random."""
+    lost = trainer.metrics().get("lost", 0.0)
+    if lost > MOST_LOST and not trainer.has_warned_of_loss:
+        trainer.has_warned_of_loss = True
+        say(
+            f"warning: {lost:.1%} of the k largest latents are lost in selection, as some shards have more of them than "
+            "they put forward: raise --parallel.capacity or --parallel.candidates, or set --parallel.selection exact."
+        )
 
 
 def device_type(config: TrainConfig) -> str:
