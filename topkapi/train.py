@@ -422,8 +422,8 @@ def _warn_of_loss(trainer: Trainer) -> None:
     if lost > MOST_LOST and not trainer.has_warned_of_loss:
         trainer.has_warned_of_loss = True
         say(
-            f"warning: {lost:.1%} of the k largest latents are lost in selection, as some shards have more of them than "
-            "they put forward: raise --parallel.capacity or --parallel.candidates, or set --parallel.selection exact."
+            f"warning: {lost:.1%} of the k largest latents are lost in selection: some shards have more of them than "
+            "they put forward. Raise --parallel.capacity or --parallel.candidates, or set --parallel.selection exact."
         )
 
 
