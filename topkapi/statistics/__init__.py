@@ -1,0 +1,6 @@
+"""What the numbers of a trained dictionary amount to: pure functions of arrays, with intervals, that draw nothing.
+
+1. `densities`: distributions of densities and importances over latents, and how dense a solution is
+
+Whatever is random takes a seed, and gives the same numbers for the same seed.
+"""
