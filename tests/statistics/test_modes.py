@@ -1,6 +1,7 @@
 """The dip against its definition, as a linear programme, and modes of mixtures that have a known number of them.
 
-Seen to fail when: the modal interval of the first round is the last; a p-value ignores the size of a large sample; peaks need no prominence over the noise.
+Seen to fail when: the modal interval of the first round is the last; a p-value ignores the size of a large sample;
+peaks need no prominence over the noise.
 """
 
 import numpy as np
