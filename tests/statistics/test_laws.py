@@ -146,6 +146,7 @@ def joint(n_latents, k):
         (lambda: power((1, 2, 3, 4), (4, 3, 2, 1)), "at least 5 points; got 4"),
         (lambda: power((1, 2, 3), (3, 2, 1), irreducible=False), "at least 4 points; got 3"),
         (lambda: power((1, 1, 1, 2, 2, 2)), "3 distinct sizes; got 2"),
+        (lambda: power(n_bootstrap=0), "n_bootstrap"),
         (lambda: joint([-1] * 9, [1] * 9), "n_latents must be positive"),
         (lambda: joint([1, 2, 3] * 3, [0] * 9), "k must be positive"),
         (lambda: joint([1, 2, 1, 2] * 2, [1, 1, 2, 2] * 2), "3 distinct n_latents"),
