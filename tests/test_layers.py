@@ -14,7 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # A room is a file or folder directly in topkapi/. It imports rooms of lower layers, and files of its own folder.
 ROOMS_OF_LAYER = {
     0: ["config", "errors", "ops", "files", "console", "parallel", "geometric_median", "published"],
-    1: ["model", "loss", "exchange", "gradients"],
+    1: ["model", "loss", "exchange", "gradients", "statistics"],
     2: ["auxk", "step", "optim", "checkpoint", "formats", "data", "dead", "metrics"],
     3: ["train", "evaluate", "figures", "study", "scaling"],
     4: ["cli", "recipes", "viewer", "demo", "bench", "__main__", "__init__"],
