@@ -102,10 +102,11 @@ def _place_(
 ) -> int:
     """Put the entries of latents start to end into their places; how many there are."""
     ours = np.flatnonzero((latents >= start) & (latents < end))
-    order = ours[np.argsort(latents[ours], kind="stable")]
-    if not len(order):
+    if not len(ours):
         return 0
-    sorted_latents = latents[order].astype(np.int64) - start
+    # latent and place in one number, each once: numpy sorts these with vector instructions, and argsort without
+    keys = np.sort((latents[ours].astype(np.uint64) << np.uint64(32)) | ours.astype(np.uint64))
+    order, sorted_latents = keys.astype(np.uint32), (keys >> np.uint64(32)).astype(np.int64) - start
     first = np.flatnonzero(np.diff(sorted_latents, prepend=-1))  # of each latent's run
     length = np.diff(first, append=len(order))
     present = sorted_latents[first]

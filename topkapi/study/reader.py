@@ -30,7 +30,7 @@ class Study:
         self.folder = folder
         self.header = read_header(folder)
         self.identity: dict[str, Any] = self.header["identity"]
-        self.run = (folder / self.header["about"]["run"]).resolve() if run is None else run
+        self.run = (folder.resolve() / self.header["about"]["run"]).resolve() if run is None else run
         self.context: int = self.identity["context"]
         """Tokens of a context."""
         self.n_latents: int = self.identity["n_latents"]

@@ -134,7 +134,7 @@ def write_study(
 
     One that was interrupted there goes on, and one that is finished is read once to see that it is sound. Tokens that
     training leaves out (first positions, special tokens, outlier norms, these against the median of a block of
-    BLOCK_TOKENS tokens) are not encoded. Memory: a block and 28 bytes a latent; disk: 16 bytes for each
+    BLOCK_TOKENS tokens) are not encoded. Memory: a block and 36 bytes a latent; disk: 16 bytes for each
     active latent of each token.
 
     Raises:
@@ -373,7 +373,8 @@ def _finish(
     files = {name: facts_of(folder, name, kind) for name, kind in dtypes.items() if name not in left_out}
     for name in files:
         sync(path_of(folder, name))
-    about = {"run": os.path.relpath(run, folder), "d_model": ae.d_model, "k": ae.k, "activation": ae.activation}
+    about = {"run": os.path.relpath(run.resolve(), folder.resolve())}  # so that the two can be moved together
+    about |= {"d_model": ae.d_model, "k": ae.k, "activation": ae.activation}
     about |= {"language_model": ae.language_model, "corpora": list(data.corpora), "n_tokens": writer.n_rows}
     about |= {"topkapi_version": topkapi.__version__}
     header = {"format": FORMAT, "identity": writer.identity, "about": about, "files": files}
