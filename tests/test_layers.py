@@ -29,6 +29,7 @@ SIDEWAYS = {
     "step": {"auxk"},
     "train": {"evaluate"},
     "scaling": {"figures"},
+    "study": {"evaluate"},
     "cli": {"bench", "demo", "recipes", "viewer"},
     "__main__": {"cli"},
 }

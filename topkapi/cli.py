@@ -19,7 +19,7 @@ import tyro
 
 import topkapi
 from topkapi.bench.cases import SUITES, Case
-from topkapi.config import EvalConfig, TrainConfig
+from topkapi.config import EvalConfig, StudyConfig, TrainConfig
 from topkapi.console import console, say
 from topkapi.errors import TopkapiError
 from topkapi.figures import require_matplotlib
@@ -93,6 +93,16 @@ class Bench:
 
     out: Path = Path("runs/bench")
     """Folder that receives table.md, bench.json and pictures."""
+
+
+@dataclass(kw_only=True)
+class StudyOptions:
+    """Write the complete sparse code of text, by token and by latent. One that was interrupted goes on."""
+
+    config: Annotated[StudyConfig, tyro.conf.arg(name="")]
+
+    out: Path
+    """Folder that receives it."""
 
 
 @dataclass(kw_only=True)
@@ -206,6 +216,23 @@ def eval_command(arguments: Sequence[str]) -> None:
     name, *options = arguments
     run = Path(name)
     print_table(evaluate_run(run, _parse(EvalConfig, f"topkapi eval {run}", options, saved_config(run).eval)))
+
+
+def study_command(arguments: Sequence[str]) -> None:
+    """topkapi study RUN --tokens N [--out FOLDER]: the complete sparse code of held-out text, into RUN/study."""
+    from topkapi.study import write_study
+    from topkapi.train import load_run, open_text
+
+    if not arguments or {"-h", "--help"} & set(arguments):
+        _parse(StudyOptions, "topkapi study RUN", ["--help"])
+    run, *options = arguments
+    folder = ["--out", str(Path(run) / "study")] if not any(text.split("=")[0] == "--out" for text in options) else []
+    command = _parse(StudyOptions, f"topkapi study {run}", [*options, *folder])
+    ae, config = load_run(Path(run))
+    text = open_text(config)
+    token_file = getattr(text.splits, command.config.split)
+    write_study(Path(run), ae, text.language_model, token_file, config.data, command.config, command.out)
+    say(f"study: {command.out}. Read it: topkapi.study.open({str(command.out)!r})")
 
 
 def demo_command(arguments: Sequence[str]) -> None:
@@ -330,6 +357,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": demo_command,
     "train": train_command,
     "eval": eval_command,
+    "study": study_command,
     "bench": bench_command,
     "plan": plan_command,
 }

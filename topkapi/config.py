@@ -254,6 +254,25 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """How much text a study encodes, of which split, and what it keeps."""
+
+    tokens: int
+    """Tokens of text to encode, rounded up to whole contexts; these are spread evenly over the split."""
+
+    split: Literal["held_out", "train"] = "held_out"
+    """held_out: documents that training never saw. train: those that it saw, where there are not enough others."""
+
+    reservoir: int = 0
+    """Firings kept of each latent, a random sample of them, for more text than the disk holds codes of; densities and
+    means stay exact. 0 keeps the complete code."""
+
+    def __post_init__(self) -> None:
+        _require(self, "tokens", self.tokens >= 1, "at least 1")
+        _require(self, "reservoir", self.reservoir >= 0, "0 (all of them) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A whole run."""
 

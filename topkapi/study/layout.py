@@ -1,0 +1,91 @@
+"""The files of a study: raw little-endian arrays, and study.json, which describes them and is written last.
+
+docs/study-format.md says what each array holds.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from topkapi.errors import TopkapiError
+from topkapi.files import read_json, sha256
+
+FORMAT = 1  # raised when files change their meaning
+STUDY, PROGRESS = "study.json", "progress.json"
+WHAT = "Study"
+BY_TOKEN = ("row_offsets", "indices", "values")  # what a reservoir leaves out
+DTYPES = {
+    "context_ids": "<i8",
+    "document_offsets": "<i8",
+    "positions": "<u4",
+    "row_offsets": "<i8",
+    "indices": "<u4",
+    "values": "<f4",
+    "latent_offsets": "<i8",
+    "latent_rows": "<u4",
+    "latent_values": "<f4",
+    "n_fired": "<i8",
+    "sums": "<f8",
+    "sum_squares": "<f8",
+    "maxima": "<f4",
+}
+"""Of every array but `tokens`, which has the dtype of the token file."""
+
+
+def path_of(folder: Path, name: str) -> Path:
+    """Where an array is."""
+    return folder / f"{name}.bin"
+
+
+def facts_of(folder: Path, name: str, dtype: str) -> dict[str, Any]:
+    """What study.json says of an array that is on the disk."""
+    path = path_of(folder, name)
+    return {"dtype": dtype, "length": path.stat().st_size // np.dtype(dtype).itemsize, "sha256": sha256(path)}
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """study.json of a finished study, once all its files are seen to be there in their full length.
+
+    Raises:
+        TopkapiError: no finished study, of another format, or a file is missing or too short.
+    """
+    if not (folder / STUDY).exists() and (folder / PROGRESS).exists():
+        raise TopkapiError(f"{WHAT} {folder} is not finished: run the same topkapi study again, it goes on.")
+    header = read_json(folder / STUDY, WHAT, "Give the folder that topkapi study wrote, as in runs/demo/study.")
+    if header.get("format") != FORMAT:
+        raise TopkapiError(f"{WHAT} {folder} has format {header.get('format')!r}; this version reads {FORMAT}.")
+    for name, facts in header["files"].items():
+        path, wanted = path_of(folder, name), facts["length"] * np.dtype(facts["dtype"]).itemsize
+        if not path.is_file() or path.stat().st_size != wanted:
+            raise damaged(path, "missing" if not path.is_file() else f"damaged: not {wanted:,} bytes long")
+    return header
+
+
+def damaged(path: Path, state: str) -> TopkapiError:
+    """The error for a file of a study that is not as it was written."""
+    return TopkapiError(f"{WHAT}: {path} is {state}. Delete the folder {path.parent} and run topkapi study again.")
+
+
+def verify(folder: Path, header: dict[str, Any]) -> None:
+    """Read every file once. Raises TopkapiError for the first one that changed since it was written."""
+    for name, facts in header["files"].items():
+        if sha256(path := path_of(folder, name)) != facts["sha256"]:
+            raise damaged(path, "damaged: its SHA-256 is not the one recorded")
+
+
+def mapped(folder: Path, name: str, dtype: str, mode: str = "r") -> np.ndarray:
+    """An array, memory-mapped."""
+    path = path_of(folder, name)
+    if path.stat().st_size == 0:  # which cannot be mapped
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype=dtype, mode=mode)
+
+
+def require_same(folder: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Refuse a folder whose study is of something else. Raises TopkapiError, which names what differs."""
+    if changed := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
+        raise TopkapiError(
+            f"{folder} holds a study of something else: {', '.join(changed)} differ. Restore what has changed, or name "
+            "another folder with --out."
+        )

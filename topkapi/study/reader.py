@@ -1,0 +1,131 @@
+"""Opens a study: statistics of all latents, the code of a token, and the way to one latent (`topkapi.study.latent`)."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Float64, Int64, UInt32
+
+from topkapi import published
+from topkapi.data.language_model import LanguageModel
+from topkapi.errors import TopkapiError
+from topkapi.model import Autoencoder
+from topkapi.study import directions
+from topkapi.study.latent import Latent
+from topkapi.study.layout import WHAT, mapped, read_header, verify
+
+
+class Entries(NamedTuple):
+    """Active latents of one token, ascending, and their values."""
+
+    indices: UInt32[np.ndarray, " entries"]
+    values: Float32[np.ndarray, " entries"]
+
+
+class Study:
+    """A finished study. Arrays are memory-mapped: opening one is quick, and what is not asked for is not read."""
+
+    def __init__(self, folder: Path, run: Path | None = None) -> None:
+        self.folder = folder
+        self.header = read_header(folder)
+        self.identity: dict[str, Any] = self.header["identity"]
+        self.run = (folder.resolve() / self.header["about"]["run"]).resolve() if run is None else run
+        self.context: int = self.identity["context"]
+        """Tokens of a context."""
+        self.n_latents: int = self.identity["n_latents"]
+        self.n_tokens: int = self.header["about"]["n_tokens"]
+        """Tokens encoded: the rows of the code, less than the tokens of text."""
+        self.reservoir: int = self.identity["reservoir"]
+        """Firings kept of each latent at most; 0: all of them."""
+        self.arrays = {name: mapped(folder, name, facts["dtype"]) for name, facts in self.header["files"].items()}
+
+    def verify(self) -> None:
+        """Read all files once. Raises TopkapiError for the first one that is not as it was written."""
+        verify(self.folder, self.header)
+
+    @property
+    def n_fired(self) -> Int64[np.ndarray, " n_latents"]:
+        """Tokens on which each latent has a value > 0."""
+        return self.arrays["n_fired"]
+
+    @property
+    def density(self) -> Float64[np.ndarray, " n_latents"]:
+        """Fraction of the encoded tokens on which each latent fires; 0 where it never did, of `n_tokens`."""
+        return self.n_fired / self.n_tokens
+
+    @property
+    def importance(self) -> Float64[np.ndarray, " n_latents"]:
+        """Mean squared value of each latent over all encoded tokens, those on which it does not fire included."""
+        return self.arrays["sum_squares"] / self.n_tokens
+
+    @cached_property
+    def context_positions(self) -> Int64[np.ndarray, " context"]:
+        """Encoded tokens at each position of a context."""
+        found = np.zeros(self.context, np.int64)
+        for start in range(0, self.n_tokens, 2**24):
+            part = self.arrays["positions"][start : start + 2**24] % self.context
+            found += np.bincount(part, minlength=self.context)
+        return found
+
+    def latent(self, i: int) -> Latent:
+        """What the study says of latent i. Raises TopkapiError where there is none."""
+        if not 0 <= i < self.n_latents:
+            raise TopkapiError(f"no latent {i}: {self.folder} has latents 0 to {self.n_latents - 1}.")
+        return Latent(self, i)
+
+    def code(self, row: int) -> Entries:
+        """The active latents of an encoded token.
+
+        Raises:
+            TopkapiError: the study keeps a reservoir; there is no such row.
+        """
+        self.require_complete("the code of a token")
+        if not 0 <= row < self.n_tokens:
+            raise TopkapiError(f"no row {row}: {self.folder} has rows 0 to {self.n_tokens - 1}.")
+        start, end = self.arrays["row_offsets"][row : row + 2]
+        return Entries(self.arrays["indices"][start:end], self.arrays["values"][start:end])
+
+    def require_complete(self, what: str) -> None:
+        """Raise TopkapiError where the study keeps only a sample of the code."""
+        if self.reservoir:
+            raise TopkapiError(
+                f"{what} needs the complete code, and {self.folder} keeps {self.reservoir} firings of each latent: "
+                "study again without --reservoir, into another --out."
+            )
+
+    @cached_property
+    def autoencoder(self) -> Autoencoder:
+        """The autoencoder studied, from its run. Raises TopkapiError if the run holds another one or none."""
+        if published.read_config(self.run).get("files", {}).get(published.WEIGHTS) != self.identity["autoencoder"]:
+            raise TopkapiError(
+                f"{WHAT} {self.folder} is of another autoencoder than the one in {self.run}: "
+                "run topkapi study on that one, or give the run that was studied."
+            )
+        return Autoencoder.from_pretrained(self.run)
+
+    def nearest(self, i: int, n: int = 10, by: str = "decoder") -> list[directions.Neighbour]:
+        """The n other latents whose rows of W_dec (by "decoder") or W_enc ("encoder") have the largest cosines."""
+        ae = self.autoencoder
+        return directions.nearest({"decoder": ae.W_dec, "encoder": ae.W_enc}[by].detach(), i, n)
+
+    def votes(self, i: int, lm: LanguageModel, n: int = 10) -> directions.Votes:
+        """The tokens that latent i votes for and against, see `topkapi.study.directions.votes`.
+
+        Raises:
+            TopkapiError: not the language model that was studied.
+        """
+        if lm.fingerprint != self.identity["language_model"]:
+            raise TopkapiError(f"{WHAT} {self.folder} is of another language model than {lm.name}.")
+        return directions.votes(self.autoencoder.W_dec[i].detach(), lm, n)
+
+
+def open_study(folder: Path | str, run: Path | str | None = None) -> Study:
+    """The finished study in a folder; `run` is where its autoencoder is now, if the two were moved apart.
+
+    Files are seen to be there and of their right length; `Study.verify` reads them.
+
+    Raises:
+        TopkapiError: no finished study, damaged, or of another format.
+    """
+    return Study(Path(folder), None if run is None else Path(run))
