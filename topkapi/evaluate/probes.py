@@ -64,8 +64,8 @@ def encode_examples(
     if pooling not in ("max", "mean", "last"):
         raise TopkapiError(f"pooling must be max, mean or last; got {pooling!r}.")
     device, reduce = ae.W_dec.device, "sum" if pooling == "mean" else "max"
-    keys = torch.zeros(0, dtype=torch.int64, device=device)  # latent n_examples + example
-    values, n_rows, previous = ae.W_dec.new_zeros(0), torch.zeros(n_examples, device=device), -1
+    parts = [(torch.zeros(0, dtype=torch.int64, device=device), ae.W_dec.new_zeros(0))]  # keys, values
+    n_rows, previous = torch.zeros(n_examples, device=device), -1
     for x, examples in blocks:
         previous = _check_examples(x, examples, previous, n_examples)
         if pooling == "last" and len(x):
@@ -78,10 +78,10 @@ def encode_examples(
             code, latents = ae.encode(chunk)
             active = code > 0
             rows = examples[start : start + len(chunk), None].expand_as(latents)
-            new = _pooled(latents[active] * n_examples + rows[active], code[active], reduce)
-            keys, values = torch.cat([keys, new[0]]), torch.cat([values, new[1]])
+            keys = latents[active].long() * n_examples + rows[active]
+            parts.append(_pooled(keys, code[active], reduce))
             start += len(chunk)
-    keys, values = _pooled(keys, values, reduce)
+    keys, values = _pooled(*map(torch.cat, zip(*parts, strict=True)), reduce)
     latents, examples = keys // max(1, n_examples), keys % max(1, n_examples)
     if pooling == "mean":
         values = values / n_rows[examples]
