@@ -2,7 +2,13 @@
 
 1. `reconstruction`: how close and how sparse the reconstruction is, from activations alone.
 2. `downstream`: what the language model loses when it continues from the reconstruction.
-3. `contexts`: where a latent fires most strongly; not part of `evaluate`.
+
+Not part of `evaluate`:
+
+3. `contexts`: where a latent fires most strongly.
+4. `probes`: whether single latents tell known concepts, on the labelled texts of `tasks`.
+5. `refinement`: how far the values of active latents are from the best ones.
+6. `progressive`: normalized MSE over the number of latents, chosen per token or by a threshold.
 """
 
 import math

@@ -1,0 +1,58 @@
+"""Resampled sums against numpy, and the coverage of their intervals.
+
+Mutations seen caught: weights of mean 2; intervals of half the width; no origin in the spread.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.evaluate.stand_ins import D_MODEL, random_autoencoder
+from topkapi.evaluate.sampling import ResampledSums, TokenSums, chunks, estimate
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def mean_of(rows: torch.Tensor, seed: int = 0):
+    sums = ResampledSums(2, seed=seed)
+    sums.add(torch.stack([torch.ones_like(rows), rows], 1))
+    return estimate(sums.sums[:, 1] / sums.sums[:, 0])
+
+
+def test_the_interval_of_a_mean_is_that_of_its_standard_error():
+    found = mean_of(draw(10_000))
+    error = 1 / np.sqrt(10_000)
+    assert found.value == pytest.approx(draw(10_000).mean().item(), abs=1e-12)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.15)
+
+
+def test_intervals_of_95_percent_cover_the_truth_about_that_often():
+    truths = [found.low <= 0 <= found.high for i in range(300) if (found := mean_of(draw(60, seed=i), seed=i))]
+    assert 0.9 <= np.mean(truths) <= 0.985
+
+
+def test_the_same_seed_gives_the_same_interval_and_another_one_another():
+    assert mean_of(draw(50), 3) == mean_of(draw(50), 3) != mean_of(draw(50), 4)
+
+
+def test_the_spread_of_tokens_that_lie_close_together():
+    """Spread 1e-7 about a mean of length 1: without an origin two digits are left."""
+    x = torch.tensor([0.8, 0, 0.6, 0], dtype=torch.float64) + 1e-7 * draw(500, D_MODEL)
+    sums = TokenSums(random_autoencoder(), 1)
+    for part in x.split(99):
+        sums.add(part, part[:, :1])
+    assert sums.spread[0].item() == pytest.approx((x - x.mean(0)).square().sum().item(), rel=1e-6, abs=0)
+    assert sums.columns[0, 0].item() == pytest.approx(x[:, 0].sum().item(), rel=1e-12)
+
+
+def test_what_is_not_finite_is_none():
+    assert estimate(torch.tensor([torch.nan, 1, 2], dtype=torch.float64)) is None
+
+
+def test_chunks_hold_all_rows_once():
+    ae, x = random_autoencoder(), draw(20, D_MODEL).float()
+    parts = list(chunks(ae, iter([x[:13], x[13:13], x[13:]]), elements=5 * ae.n_latents))
+    assert [len(part) for part in parts] == [5, 5, 3, 5, 2]
+    assert torch.equal(torch.cat(parts), x)
