@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -47,7 +48,7 @@ def _check(points: list[tuple[float, float]]) -> None:
     for compute, loss in points:
         if not (math.isfinite(compute) and compute > 0 and math.isfinite(loss)):
             raise TopkapiError(f"A point of a reference curve is (compute > 0, finite loss); got ({compute}, {loss}).")
-    for (less, higher), (more, lower) in zip(points, points[1:], strict=False):
+    for (less, higher), (more, lower) in pairwise(points):
         if not (less < more and higher > lower):
             raise TopkapiError(
                 f"The loss of a reference curve must fall as compute grows; it goes from {higher:g} at {less:g} to "
