@@ -1,6 +1,6 @@
 """Sparsity of effects with known answers, and ablations against loops over a language model with known logits.
 
-Mutations seen caught: no median subtracted; the mean subtracted; the whole reconstruction put in place of the
+Mutations seen caught: no median subtracted; the mean subtracted; the latent's part put in place of the
 activation; the ablated latent's part not scaled back to raw; positions before the ablated one counted; a draw among
 positions with fewer than T tokens left; undefined ablations counted as 0.
 """
@@ -78,12 +78,23 @@ def test_words_that_are_never_said_do_not_count():
     assert torch.equal(found, wanted)
 
 
+class BentModel(RunningMeanModel):
+    """Logits that bend: else no scale of what is ablated could be seen, as sparsity has none."""
+
+    @torch.no_grad()
+    def logits(self, tokens, replace=None):
+        at_site = self.embedding[tokens]
+        at_site = replace(at_site) if replace else at_site
+        self.shapes.append((*tokens.shape, self.unembedding.shape[1]))
+        return (at_site.cumsum(1) / torch.arange(1, tokens.shape[1] + 1)[:, None]).tanh() @ self.unembedding
+
+
 def by_hand(ae, lm, window, at):
     """{latent: sparsity} of the latents active at position `at`, by a loop over them in float64."""
     E, U = lm.embedding.double().numpy(), lm.unembedding.double().numpy()
 
     def logits(raw):
-        return (np.cumsum(raw, 0) / np.arange(1, len(raw) + 1)[:, None] @ U)[at : at + T]
+        return (np.tanh(np.cumsum(raw, 0) / np.arange(1, len(raw) + 1)[:, None]) @ U)[at : at + T]
 
     raw = E[window]
     _, latents, _, _ = reconstruct_by_hand(ae, raw[at : at + 1].copy())
@@ -102,8 +113,8 @@ def by_hand(ae, lm, window, at):
 @pytest.mark.parametrize("elements", [1, 2**26])
 def test_ablations_equal_loops_over_latents_in_batches_of_any_size(activation, elements, monkeypatch):
     monkeypatch.setattr(ablation, "LOGIT_ELEMENTS", elements)
-    ae, lm = random_autoencoder(k=3, activation=activation), random_model()
-    tokens = random_tokens(30 * CONTEXT)
+    ae, plain = random_autoencoder(k=3, activation=activation), random_model()
+    lm, tokens = BentModel(plain.embedding, plain.unembedding), random_tokens(30 * CONTEXT)
     found = ablation_sparsity(ae, lm, token_file(tokens), np.arange(30), CONFIG, T)
     assert len(np.unique(found.tokens)) == 30 - found.n_skipped > 20
     for token in np.unique(found.tokens):
