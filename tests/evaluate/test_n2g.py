@@ -1,8 +1,8 @@
 """Explanations of latents whose rule is known, prediction against a search of all patterns, scores by hand.
 
 Mutations seen caught: the longest suffix with the activation; anchors ignored; a wildcard before an exact token;
-back-tracking; the longest pattern first; a wildcard at the start of the context; leaves overwritten; the filler's
-activation read; excluded positions scored.
+back-tracking; the longest pattern first; a wildcard before the start of the context; leaves overwritten; the filler's
+activation read; excluded positions explained or scored; answers out of order.
 """
 
 import math
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.evaluate.stand_ins import RunningMeanModel, random_autoencoder, random_model, random_tokens
+from tests.evaluate.stand_ins import SPECIAL, RunningMeanModel, random_autoencoder, random_model, random_tokens
 from topkapi.config import DataConfig
 from topkapi.data.activations import kept_positions
 from topkapi.errors import TopkapiError
@@ -264,6 +264,18 @@ def test_latents_of_single_tokens_are_explained_completely():
     assert all(s.precision == 1 for s in found)
     assert over_latents(found)["recall"].mean > 0.9  # 16 examples may miss one of a latent's tokens
     assert found[0].n_tokens == int(kept_positions(held_out, config, lm.special_ids).sum())
+
+
+def test_positions_that_training_leaves_out_are_no_examples():
+    ae, lm = random_autoencoder(), random_model()
+    sample = torch.full((3, 8), SPECIAL)
+    latent = int(latent_activations(ae, lm, sample, range(8))[0, 0].argmax())
+    config = DataConfig(context=8, shuffle_tokens=8)
+    ((explanation, _),) = explain_latents(ae, lm, [latent], sample, sample, config, 1)
+    assert explanation.n_examples == 0
+    kept = DataConfig(context=8, shuffle_tokens=8, drop_first_position=False, drop_special_tokens=False)
+    ((explanation, _),) = explain_latents(ae, lm, [latent], sample, sample, kept, 1)
+    assert explanation.n_examples == 16
 
 
 def test_a_silent_latent_is_undefined():
