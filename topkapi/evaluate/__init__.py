@@ -2,7 +2,10 @@
 
 1. `reconstruction`: how close and how sparse the reconstruction is, from activations alone.
 2. `downstream`: what the language model loses when it continues from the reconstruction.
-3. `contexts`: where a latent fires most strongly; not part of `evaluate`.
+3. `contexts`: where a latent fires most strongly; not part of `evaluate`, nor are those that follow.
+4. `n2g`: patterns of tokens that explain where a latent fires, with their precision and recall.
+5. `ablation`: the share of the next words' logits that a latent changes.
+6. `compute_equivalent`: the training compute that a spliced language model's loss is worth.
 """
 
 import math
