@@ -71,8 +71,8 @@ def effect_sparsity(clean: Float[Tensor, "T V"], ablated: Float[Tensor, "m T V"]
     1 / (V T) where one logit changes, 2/pi for Gaussian effects, 1 where all change by the same amount, up or down. The
     median is the lower of the two in the middle where V is even. NaN where no effect is left. Words that the language
     model never says (a logit that is not finite at any of the T positions of `clean`) do not count towards V.
-    Accumulates in float64; memory beyond the arguments: a few times m V. Noise counts as effect: logits computed in
-    bf16 look Gaussian.
+    Accumulates in float64; memory beyond the arguments: a few times m V. Rounding of the logits counts as
+    effect: an ablation that changes them by less than that looks dense.
 
     Source: Gao et al. 2024, section 4.5.
     """
