@@ -26,6 +26,7 @@ from topkapi.config import DataConfig
 from topkapi.errors import TopkapiError
 from topkapi.evaluate import ablation
 from topkapi.evaluate.ablation import AblationSparsity, ablation_sparsity, effect_sparsity
+from topkapi.evaluate.intervals import bootstrap_mean
 
 CONTEXT, T = 7, 3
 CONFIG = DataConfig(context=CONTEXT, shuffle_tokens=CONTEXT)
@@ -154,8 +155,17 @@ def test_means_over_tokens_and_over_latents_weigh_as_they_say():
     )
     tokens, latents = found.over_tokens(), found.over_latents()
     assert (tokens.mean, tokens.n, tokens.n_undefined) == (pytest.approx((0.2 + 0.7) / 2), 2, 1)
-    assert (latents.mean, latents.n, latents.n_undefined) == (pytest.approx((0.4 + 0.3) / 2), 2, 2)
+    assert (latents.mean, latents.n, latents.n_undefined) == (pytest.approx((0.4 + 0.3) / 2), 2, 1)
     assert tokens.low <= tokens.mean <= tokens.high
+
+
+def test_intervals_are_of_tokens_as_effects_at_one_token_resemble_each_other():
+    per_token = np.random.default_rng(0).random(50)
+    found = AblationSparsity(
+        tokens=np.repeat(np.arange(50), 8), latents=np.arange(400), sparsity=np.repeat(per_token, 8), n_skipped=0
+    )
+    assert found.over_latents() == pytest.approx(bootstrap_mean(per_token.tolist()))
+    assert found.over_tokens() == pytest.approx(bootstrap_mean(per_token.tolist()))
 
 
 def test_an_ablation_without_effect_is_undefined_and_never_zero():

@@ -1,6 +1,7 @@
 """Bootstrap intervals of means.
 
-Mutations seen caught: undefined values counted as 0; quantiles 5 % and 95 %; resampling without replacement.
+Mutations seen caught: undefined values counted as 0; quantiles 5 % and 95 %; resampling without replacement;
+undefined values' weights counted.
 """
 
 import math
@@ -30,6 +31,13 @@ def test_the_seed_decides():
     values = [float(i**2) for i in range(30)]
     assert bootstrap_mean(values, 3) == bootstrap_mean(values, 3)
     assert bootstrap_mean(values, 3).low != bootstrap_mean(values, 4).low
+
+
+def test_a_weight_of_three_counts_three_times_in_the_mean_but_not_as_three_values():
+    values, weights = [1.0, 5.0, math.nan], [3.0, 1.0, 7.0]
+    assert bootstrap_mean(values, weights=weights).mean == 2
+    many = np.random.default_rng(2).normal(size=500).tolist()
+    assert bootstrap_mean(many, weights=[4.0] * 500) == pytest.approx(bootstrap_mean(many))
 
 
 def test_undefined_values_are_left_out_and_counted():

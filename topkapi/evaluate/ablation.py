@@ -42,24 +42,34 @@ class AblationSparsity:
     """Contexts without a kept position that has T - 1 later ones, or with no latent active at the drawn one."""
 
     def over_tokens(self, seed: int = 0) -> Estimate:
-        """Mean over drawn tokens of the mean over the latents active there, the number to compare with the paper's."""
-        return bootstrap_mean(self._means(self.tokens), seed)
+        """Mean over drawn tokens of the mean over the latents active there, the number to compare with the paper's.
+
+        Of the tokens where one ablation at least is defined.
+        """
+        means, _ = self._of_tokens(np.ones(len(self.tokens)))
+        return bootstrap_mean(means, seed)
 
     def over_latents(self, seed: int = 0) -> Estimate:
-        """Mean over latents of the mean over the drawn tokens at which each is active.
+        """Mean over latents of the mean over the drawn tokens at which each is active: each counts once.
 
-        A latent counts once however often it fires, if it was met at all. Latents are resampled as if they had been
-        met at tokens of their own.
+        The interval, and n, are of tokens: effects at one token resemble each other, and resampling latents as if
+        they did not gave a fifth of the width that resampling tokens gives (12 tokens and 359 latents of SmolLM2's
+        layer 10, k=32).
         """
-        return bootstrap_mean(self._means(self.latents), seed)
+        _, latent = np.unique(self.latents, return_inverse=True)
+        n_defined = np.bincount(latent, ~np.isnan(self.sparsity))[latent]
+        means, weights = self._of_tokens(1 / np.maximum(n_defined, 1))
+        return bootstrap_mean(means, seed, weights)
 
-    def _means(self, groups: Int64[np.ndarray, " n"]) -> list[float]:
-        """Mean of the defined values of each group; NaN where a group has none."""
-        names, group = np.unique(groups, return_inverse=True)
+    def _of_tokens(self, weights: Float64[np.ndarray, " n"]) -> tuple[list[float], list[float]]:
+        """For each drawn token the weighted mean of its defined values, NaN where it has none, and their weight."""
+        names, token = np.unique(self.tokens, return_inverse=True)
         defined = ~np.isnan(self.sparsity)
-        total = np.bincount(group[defined], self.sparsity[defined], minlength=len(names))
-        count = np.bincount(group[defined], minlength=len(names))
-        return np.divide(total, count, out=np.full(len(names), np.nan), where=count > 0).tolist()
+        value, weight, token = self.sparsity[defined], weights[defined], token[defined]
+        total = np.bincount(token, weight * value, minlength=len(names))
+        weight = np.bincount(token, weight, minlength=len(names))
+        means = np.divide(total, weight, out=np.full(len(names), np.nan), where=weight > 0)
+        return means.tolist(), weight.astype(np.float64).tolist()  # bincount of nothing is of integers
 
 
 def effect_sparsity(clean: Float[Tensor, "T V"], ablated: Float[Tensor, "m T V"]) -> Float64[Tensor, " m"]:
