@@ -148,9 +148,9 @@ def test_draws_depend_on_the_seed_and_the_context_alone():
 
 def test_means_over_tokens_and_over_latents_weigh_as_they_say():
     found = AblationSparsity(
-        tokens=np.array([4, 4, 4, 9, 20]),
-        latents=np.array([0, 1, 2, 0, 3]),
-        sparsity=np.array([0.1, 0.3, np.nan, 0.7, np.nan]),
+        tokens=np.array([4, 4, 4, 9, 20, 20]),
+        latents=np.array([0, 1, 2, 0, 3, 0]),
+        sparsity=np.array([0.1, 0.3, np.nan, 0.7, np.nan, np.nan]),
         n_skipped=0,
     )
     tokens, latents = found.over_tokens(), found.over_latents()

@@ -1,7 +1,7 @@
 """Bootstrap intervals of means.
 
 Mutations seen caught: undefined values counted as 0; quantiles 5 % and 95 %; resampling without replacement;
-undefined values' weights counted.
+weights of other values taken.
 """
 
 import math
@@ -34,7 +34,7 @@ def test_the_seed_decides():
 
 
 def test_a_weight_of_three_counts_three_times_in_the_mean_but_not_as_three_values():
-    values, weights = [1.0, 5.0, math.nan], [3.0, 1.0, 7.0]
+    values, weights = [math.nan, 1.0, 5.0], [7.0, 3.0, 1.0]
     assert bootstrap_mean(values, weights=weights).mean == 2
     many = np.random.default_rng(2).normal(size=500).tolist()
     assert bootstrap_mean(many, weights=[4.0] * 500) == pytest.approx(bootstrap_mean(many))
