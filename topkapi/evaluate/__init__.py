@@ -9,6 +9,9 @@ Not part of `evaluate`:
 4. `probes`: whether single latents tell known concepts, on the labelled texts of `tasks`.
 5. `refinement`: how far the values of active latents are from the best ones.
 6. `progressive`: normalized MSE over the number of latents, chosen per token or by a threshold.
+7. `n2g`: patterns of tokens that explain where a latent fires, with their precision and recall.
+8. `ablation`: the share of the next words' logits that a latent changes.
+9. `compute_equivalent`: the training compute that a spliced language model's loss is worth.
 """
 
 import math
