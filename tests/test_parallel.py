@@ -10,6 +10,7 @@ fired in another replica; the norm of one shard's gradients; the mean over a rep
 other shards' encoders; the encoder's scale from one shard's reconstruction; the share lost of one shard.
 """
 
+import itertools
 import math
 import os
 import signal
@@ -29,6 +30,7 @@ from topkapi.gradients import DeadSubset
 from topkapi.model import Autoencoder, Working
 from topkapi.ops import reference
 from topkapi.parallel import ALONE, Mesh
+from topkapi.scaling.shapes import Job, Layout, rank_of
 from topkapi.step import _Batch, topk_step
 
 ROOT = Path(__file__).parents[1]
@@ -258,6 +260,26 @@ def test_auto_is_the_exchange_with_fewer_bytes() -> None:
         assert batch.replicas_send_rows(torch.empty(n_tokens, 768, device="meta")) == sends_rows
 
 
+def test_every_owner_has_latents_or_all_are_refused() -> None:
+    for n_latents, n_replicas, n_shards in itertools.product(range(1, 40), range(1, 6), range(1, 6)):
+        meshes = [Mesh(n_replicas, n_shards, rank) for rank in range(n_replicas * n_shards)]
+        try:
+            parts = [mesh.owned(n_latents, rank) for mesh in meshes[:1] for rank in range(len(meshes))]
+        except TopkapiError:
+            with pytest.raises(TopkapiError):
+                rank_of(Job(n_latents=n_latents, d_model=8, k=1, batch_tokens=60), layout(n_replicas, n_shards))
+            continue
+        ordered = [parts[rank] for shard in range(n_shards) for rank in range(shard, len(meshes), n_shards)]
+        assert [part.start for part in ordered] == [0, *(part.stop for part in ordered[:-1])]
+        assert ordered[-1].stop == n_latents
+        assert all(part.stop > part.start for part in parts)
+        rank_of(Job(n_latents=n_latents, d_model=8, k=1, batch_tokens=60), layout(n_replicas, n_shards))
+
+
+def layout(n_replicas: int, n_shards: int) -> Layout:
+    return Layout(n_replicas=n_replicas, n_shards=n_shards)
+
+
 @pytest.mark.parametrize("n_latents", [5, 16, 37])
 def test_a_shard_starts_with_its_rows(n_latents: int, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = Autoencoder(d_model=6, n_latents=n_latents, k=1, seed=3)
@@ -292,6 +314,8 @@ def test_relu_is_not_divided() -> None:
     relu, penalty = ModelConfig(activation="relu"), LossConfig(sparsity="l1", l1_coefficient=0.1)
     with pytest.raises(TopkapiError, match=r"--parallel\.shards at 1"):
         TrainConfig(model=relu, loss=penalty, parallel=ParallelConfig(shards=2))
+    with pytest.raises(TopkapiError, match=r"--parallel\.micro-batch-tokens at 0"):
+        TrainConfig(model=relu, loss=penalty, parallel=ParallelConfig(micro_batch_tokens=7))
 
 
 def test_one_process_ignores_the_settings() -> None:

@@ -22,6 +22,8 @@ from topkapi.data.activations import LiveBlocks
 from topkapi.data.batches import ShuffledBatches
 from topkapi.data.pipeline import BatchesAhead
 from topkapi.errors import TopkapiError
+from topkapi.model import Working
+from topkapi.parallel import ALONE
 from topkapi.train import Interrupted, Trainer, _warn_of_loss, load_run, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -371,3 +373,17 @@ def test_much_that_is_lost_in_selection_is_said_once(capsys):
         trainer.latest = {"lost": lost}
         _warn_of_loss(trainer)
         assert ("3.4% of the k largest" in capsys.readouterr().err) == said
+
+
+def test_loading_waits_for_rows_that_still_travel(tmp_path):
+    trainer, working, came = object.__new__(Trainer), object.__new__(Working), []
+    working._travelling = {"W_enc": lambda: came.append("W_enc")}
+    trainer.working, trainer.source_identity, trainer.mesh, trainer._state = working, {}, ALONE, dict
+
+    class Saved(checkpoint.Checkpoint):
+        def read_into(self, state, mesh=ALONE):
+            assert came == ["W_enc"]  # a gather that ends later may bring back what was there before
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.load_(Saved(1, {"source": {}}, tmp_path))

@@ -224,7 +224,8 @@ class ParallelConfig:
 
     micro_batch_tokens: int = 0
     """Tokens of a replica that a step goes through at a time, for batches that do not fit into memory; 0: all. The
-    result is that of the whole batch. Gradients are then dense, 8 bytes a parameter, and exchange is not read."""
+    result is that of the whole batch. With fewer than a replica has gradients are dense, 8 bytes a parameter, whatever
+    exchange says."""
 
     def __post_init__(self) -> None:
         _require(self, "shards", self.shards >= 1, "at least 1")
@@ -339,6 +340,11 @@ class TrainConfig:
             raise TopkapiError(
                 f"ModelConfig.activation='relu' is not divided into shards; got ParallelConfig.shards="
                 f"{self.parallel.shards}. Leave --parallel.shards at 1."
+            )
+        if self.model.activation == "relu" and self.parallel.micro_batch_tokens:
+            raise TopkapiError(
+                f"ModelConfig.activation='relu' takes a batch at once; got ParallelConfig.micro_batch_tokens="
+                f"{self.parallel.micro_batch_tokens}. Leave --parallel.micro-batch-tokens at 0; lower --batch-tokens."
             )
         if self.loss.sparsity == "l1_decoder_norm" and self.optim.unit_norm_decoder:
             raise TopkapiError(

@@ -98,25 +98,26 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="topkapi", licen
         if not median.converged:
             say(f"warning: the geometric median did not converge (slope {median.slope:.1e}); going on with it.")
         self.pre_bias.copy_(mesh.broadcast_(median.point.to(self.pre_bias.dtype)))
-        part, whole = sample[:4096], mesh.latents(self.n_latents)
-        shard = [
-            mesh.gather_rows(x.detach(), whole.stop - whole.start) for x in (self.W_enc, self.latent_bias, self.W_dec)
-        ]
-        length = torch.cat([self._recon_length(rows, *shard, mesh) for rows in part.split(512)]).mean()
+        centred = sample[:4096] - self.pre_bias
+        length = self._recon_length(centred, mesh).mean()
         if length > 0:
-            factor = encoder_scale * (part - self.pre_bias).norm(dim=1).mean() / length
-            self.W_enc.mul_(mesh.broadcast_(factor))
+            self.W_enc.mul_(mesh.broadcast_(encoder_scale * centred.norm(dim=1).mean() / length))
 
-    def _recon_length(
-        self, x: Float[Tensor, "n d_model"], W_enc: Tensor, latent_bias: Tensor, W_dec: Tensor, mesh: Mesh
-    ) -> Float[Tensor, " n"]:
-        """|recon - pre_bias| of each token, from the rows of all shards."""
-        centred = x - self.pre_bias
+    def _recon_length(self, centred: Float[Tensor, "n d_model"], mesh: Mesh) -> Float[Tensor, " n"]:
+        """|recon - pre_bias| of each token, from the rows of all shards; one weight of a shard is held at a time."""
+        whole, parts = mesh.latents(self.n_latents), centred.split(512)
+        n_rows, primitives = whole.stop - whole.start, ops.implementation(centred)
+        W_enc = mesh.gather_rows(self.W_enc.detach(), n_rows)
+        latent_bias = mesh.gather_rows(self.latent_bias.detach(), n_rows)
         if self.activation == "relu":
-            return (relu_latents(centred, W_enc, latent_bias) @ W_dec).norm(dim=1)
+            W_dec = mesh.gather_rows(self.W_dec.detach(), n_rows)
+            return torch.cat([(relu_latents(part, W_enc, latent_bias) @ W_dec).norm(dim=1) for part in parts])
         width = min(self.k, -(-self.n_latents // mesh.n_shards))
-        code = exchange.select(centred, W_enc, latent_bias, self.k, width, mesh)
-        return mesh.ordered_sum(ops.implementation(x).dense_sparse_matmul(*code, W_dec), "shards").norm(dim=1)
+        codes = [exchange.select(part, W_enc, latent_bias, self.k, width, mesh) for part in parts]
+        del W_enc
+        W_dec = mesh.gather_rows(self.W_dec.detach(), n_rows)
+        recons = (mesh.ordered_sum(primitives.dense_sparse_matmul(*code, W_dec), "shards") for code in codes)
+        return torch.cat([recon.norm(dim=1) for recon in recons])
 
     @staticmethod
     def normalise(raw: Float[Tensor, "... d_model"]) -> Normalised:
@@ -264,6 +265,7 @@ class Working:
 
     def send(self, name: str) -> None:
         """The rows of a parameter that this process owns have changed: begin to give them to the other replicas."""
+        self.finish(name)
         if self.mesh.n_replicas > 1:
             padded, part = self._padded[name], len(self._padded[name]) // self.mesh.n_replicas
             own = padded[self.mesh.replica * part : (self.mesh.replica + 1) * part]
@@ -277,8 +279,7 @@ class Working:
 
     @torch.no_grad()
     def read(self, ae: Autoencoder) -> None:
-        """Take over all parameters of `ae`, which were written to."""
-        self.finish(*OF_LATENTS)
+        """Take over all parameters of `ae`, which were written to after `finish`."""
         for name in OF_LATENTS:
             getattr(self, name)[self.own].copy_(getattr(ae, name))
             self.send(name)

@@ -85,7 +85,10 @@ class Mesh:
         """
         part = -(-n_latents // self.n_shards)
         if (self.n_shards - 1) * part >= n_latents:
-            raise TopkapiError(f"{n_latents} latents do not fill {self.n_shards} shards: lower --parallel.shards.")
+            raise TopkapiError(
+                f"{n_latents} latents do not fill {self.n_shards} shards: lower --parallel.shards, or raise "
+                "--model.n-latents."
+            )
         start = (self.shard if shard is None else shard) * part
         return slice(start, min(start + part, n_latents))
 
@@ -102,7 +105,7 @@ class Mesh:
         if (self.n_replicas - 1) * part >= whole.stop - whole.start:
             raise TopkapiError(
                 f"{n_latents} latents on {self.n_shards} shards do not fill {self.n_replicas} replicas: launch fewer "
-                "processes, or raise --parallel.shards."
+                "processes, or raise --model.n-latents."
             )
         start = whole.start + replica * part
         return slice(start, min(start + part, whole.stop))
@@ -298,7 +301,7 @@ def open_mesh(n_shards: int, device_type: str, timeout: timedelta = timedelta(mi
     if n_ranks % n_shards:
         raise TopkapiError(
             f"{n_ranks} process{'es' * (n_ranks > 1)} cannot hold replicas of {n_shards} shards: launch a multiple of "
-            f"them (torchrun --nproc-per-node {n_shards} -m -- topkapi ...), or set --parallel.shards."
+            f"them (torchrun --nproc-per-node {n_shards} -m -- topkapi ...), or set --parallel.shards to a divisor."
         )
     if n_ranks == 1:
         yield Mesh()

@@ -86,7 +86,8 @@ def topk_step(
     auxk = None
     if min(config.auxk, len(dead), len(x)) > 0 and config.coefficient > 0:
         auxk = AuxK(dead, config, weights, scale, numel, mesh, parallel)
-    micro_batches = x.split(parallel.micro_batch_tokens or max(len(x), 1))
+    whole = max(len(x), 1)
+    micro_batches = x.split(min(parallel.micro_batch_tokens or whole, whole))
     if len(micro_batches) == 1 and batch.replicas_send_rows(x):
         found = _by_rows(batch, x, auxk)
     else:

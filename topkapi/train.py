@@ -175,16 +175,19 @@ class Trainer:
             self._measured = _Measured(named, bool(finite))
         return self._measured
 
-    def check_finite(self, step: int) -> None:
-        """Raise TopkapiError before a broken state is logged as progress or saved over a good one."""
+    def check_finite(self, step: int, saver: checkpoint.Saver) -> None:
+        """Raise TopkapiError before a broken state is logged as progress or saved over a good one; on all processes."""
         if not self._measure().is_finite:
+            saver.wait()  # for the checkpoint that may still be on its way
             saved = checkpoint.steps(self.run)
             kept = f"the checkpoint of step {saved[-1]} is sound" if saved else "no checkpoint was written yet"
-            raise TopkapiError(
+            error = TopkapiError(
                 f"{self.run}: loss or weights are no longer finite at step {step} (learning rate "
                 f"{self.config.optim.lr:.3g}); {kept}. Train again in another --run with a lower --optim.lr or with "
                 "--optim.clip-norm 1."
             )
+            error.is_common = True
+            raise error
 
     def snapshot(self, step: int, tokens: int, position: dict[str, int]) -> checkpoint.Snapshot:
         """What a checkpoint holds after this step: the tensors themselves and no copies. Call `check_finite` before."""
@@ -211,6 +214,7 @@ class Trainer:
                 f"{self.run} was trained on other activations: {', '.join(changed)} changed since. Restore the "
                 "language model and the corpus as they were, or train again with another --run."
             )
+        self.working.finish(*OF_LATENTS)  # rows that travel must not change: they may come back as they were
         saved.read_into(self._state(), self.mesh)
         self.dead.silent_for.add_(0)  # so that the counter notices that it was written to
         self.working.read(self.ae)
@@ -339,7 +343,7 @@ def _loop(
                 tokens = step * config.batch_tokens
                 shown = {}
                 if step % config.log_every == 0 or step == config.n_steps:
-                    _drop_broken(trainers, logs, step)  # waits for the device, so that the rate is of work done
+                    _drop_broken(trainers, logs, step, saver)  # waits for the device: the rate is of work done
                     rate = (step - first) * config.batch_tokens / (time.monotonic() - started)
                     shown = _log(trainers, logs, step, tokens, rate)
                 meter.advance(config.batch_tokens, **shown)
@@ -376,7 +380,7 @@ def _save(
     saver: checkpoint.Saver,
 ) -> None:
     """Checkpoint all runs that are not broken."""
-    _drop_broken(trainers, logs, step)
+    _drop_broken(trainers, logs, step, saver)
     for log in logs:
         log.sync()
     saver.save([trainer.snapshot(step, step * trainer.config.batch_tokens, position) for trainer in trainers])
@@ -390,11 +394,11 @@ def _warn_of_idle_auxk(config: TrainConfig) -> None:
         )
 
 
-def _drop_broken(trainers: list[Trainer], logs: list[MetricsLog | NoLog], step: int) -> None:
+def _drop_broken(trainers: list[Trainer], logs: list[MetricsLog | NoLog], step: int, saver: checkpoint.Saver) -> None:
     """Take autoencoders that are no longer finite out of both lists, and say so; raises if none would be left."""
     for trainer, log in list(zip(trainers, logs, strict=True)):
         try:
-            trainer.check_finite(step)
+            trainer.check_finite(step, saver)
         except TopkapiError as error:
             if len(trainers) == 1:
                 raise
@@ -512,7 +516,8 @@ def _check_agreement(configs: Sequence[TrainConfig], runs: Sequence[Path]) -> No
 
 def _check_mesh(config: TrainConfig, mesh: Mesh) -> None:
     """Refuse what several processes cannot do together."""
-    mesh.owned(config.model.n_latents)
+    for rank in range(mesh.n_ranks):
+        mesh.owned(config.model.n_latents, rank)
     part_of_batch(config.batch_tokens, mesh)
 
 
@@ -527,7 +532,11 @@ def _check_run(config: TrainConfig, run: Path, resume: bool) -> None:
         return
     saved = saved_config(run)
     d_model = published.read_config(run)["autoencoder"]["d_model"]
-    ours = replace(config.resolved(d_model, device_type(config)), parallel=saved.parallel)  # any mesh may go on
+    ours = replace(  # any mesh may go on, and checkpoints are the same however they are written
+        config.resolved(d_model, device_type(config)),
+        parallel=saved.parallel,
+        async_checkpoints=saved.async_checkpoints,
+    )
     if lines := differences(ours, saved):
         raise TopkapiError(
             f"{run} was started with other settings ({'; '.join(lines)}; given against saved). Resume it as it was: "

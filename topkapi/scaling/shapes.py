@@ -147,7 +147,7 @@ def rank_of(job: Job, layout: Layout) -> Rank:
             f"{job.n_latents:,} latents do not fill {layout.n_shards} shards: plan for fewer GPUs, or more latents."
         )
     last = job.n_latents - (layout.n_shards - 1) * latents
-    if (layout.n_replicas - 1) * -(-last // layout.n_replicas) >= last:
+    if any((layout.n_replicas - 1) * -(-rows // layout.n_replicas) >= rows for rows in (latents, last)):
         raise TopkapiError(
             f"{job.n_latents:,} latents on {layout.n_shards} shards do not fill {layout.n_replicas} replicas: plan for "
             "fewer GPUs, or more latents."
