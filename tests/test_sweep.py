@@ -147,6 +147,18 @@ def test_a_sweep_killed_while_it_evaluates_goes_on(swept, base, tmp_path, monkey
     assert_same_sweep(folder, swept)
 
 
+@pytest.mark.parametrize(("phase", "number"), [("checkpoints", 15), ("publishing", 5)])
+def test_killed_and_continued_equals_undisturbed(swept, command, fork_server, tiny_cache, tmp_path, phase, number):
+    log, cache, folder = tmp_path / "log", tiny_cache.parent, tmp_path / "run"
+    grid = ["--n-latents", "64", "128", "--k", "2", "4", "--lr", "1e-3", "--together", "2"]
+    status = fork_server.run([*command, *grid], log, cache, kill_at=(phase, number))
+    assert status == -signal.SIGKILL, log.read_text()
+    assert fork_server.run([*command, *grid], log, cache) == 0, log.read_text()
+    for point in read(swept):
+        assert_same_run(folder / point.name, swept / point.name)
+    assert (folder / POINTS).read_bytes() == (swept / POINTS).read_bytes()
+
+
 def test_a_grid_that_grows_trains_what_is_new(swept, base, tmp_path, trained):
     folder = tmp_path / "sweep"
     sweep(base, Grid(n_latents=(64,), k=(4,), lr=(1e-3,)), folder)
@@ -219,11 +231,11 @@ def test_another_corpus_is_noticed_before_training(base, tmp_path, trained):
 @pytest.fixture
 def command(base, tmp_path):
     """The arguments of `topkapi sweep` with the tiny settings, without a grid."""
-    config = replace(base, model=ModelConfig(n_latents=4096, k=32, encoder_scale=0.5))
+    config = replace(base, model=ModelConfig(n_latents=4096, k=32))
     config = replace(config, optim=replace(config.optim, lr="auto"))
     _, recipe, _, _, *options = train_arguments(config, tmp_path)
     options = options[:-2] if options[-2:-1] == ["--run"] else options
-    return ["sweep", recipe, "--out", str(tmp_path / "sweep"), *options]
+    return ["sweep", recipe, "--out", str(tmp_path / "run"), *options]
 
 
 def test_the_command_prints_a_table(command, tmp_path, capsys):
@@ -231,7 +243,7 @@ def test_the_command_prints_a_table(command, tmp_path, capsys):
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows[0][:4] == ["point", "n_latents", "k", "l1_coefficient"]
     assert [row[0] for row in rows[1:]] == ["n64-k2-seed0", "n128-k2-seed0"]
-    assert all(isinstance(point.loss_recovered, float) for point in read(tmp_path / "sweep"))
+    assert all(isinstance(point.loss_recovered, float) for point in read(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
@@ -254,7 +266,7 @@ def test_a_mistake_is_one_line_before_anything_is_begun(command, tmp_path, capsy
     assert main([*command, *options]) == 2
     line = one_line(capsys.readouterr().err)
     assert [text for text in expected if text not in line] == []
-    assert not (tmp_path / "sweep").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_holds_something_else_is_refused(swept, base, tmp_path):

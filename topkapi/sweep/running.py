@@ -185,11 +185,11 @@ def _write_settings(folder: Path, base: TrainConfig, variants: dict[str, Variant
 def _train_and_measure(
     folder: Path, configs: dict[str, TrainConfig], source: Source, together: int | Literal["auto"]
 ) -> None:
-    finished = [name for name in configs if is_finished(folder / name)]
-    _measure(folder, finished, source)
     device, d_model = source.language_model.device, source.language_model.d_model
     sizes = {name: _size(config.resolved(d_model, device.type), d_model) for name, config in configs.items()}
     bound = int(_memory(device) * SHARE_OF_MEMORY)
+    finished = [name for name in configs if is_finished(folder / name)]
+    _measure(folder, finished, source)
 
     def fits(group: list[str]) -> bool:
         return sum(sizes[name] for name in group) <= bound if together == "auto" else len(group) <= together
