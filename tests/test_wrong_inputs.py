@@ -98,7 +98,7 @@ def test_wrong_options(refused, tiny_config, tmp_path, options, expected):
     ("arguments", "expected"),
     [
         (["train", "dmeo"], ["no recipe or run 'dmeo'", "demo, smollm2, gpt2-small", "config.json"]),
-        (["trian", "demo"], ["no command 'trian'", "demo, train, eval"]),
+        (["trian", "demo"], ["no command 'trian'", "demo, train, sweep, eval"]),
         (["demo", "extra"], ["Unrecognized options: extra"]),
         (["eval", "no/such/run"], ["no run no/such/run", "topkapi eval"]),
     ],

@@ -28,6 +28,7 @@ from topkapi.parallel import launched, speaks
 from topkapi.published import CONFIG
 from topkapi.recipes import RECIPES
 from topkapi.scaling.quantities import parse_size
+from topkapi.sweep.grid import Grid, require_undecided
 
 Flat = Annotated[TrainConfig, tyro.conf.arg(name="")]
 
@@ -47,6 +48,22 @@ class Train:
     variants: tuple[str, ...] = ()
     """Train one autoencoder for each, in RUN/VARIANT: fields joined by commas, as in
     model.k=16 model.k=64,model.seed=1. They share the activations and differ in model, loss, auxk and optim."""
+
+
+@dataclass(kw_only=True)
+class Sweep:
+    """Train and evaluate an autoencoder for each point of a grid, on one stream of activations. The same command again
+    goes on where it was stopped, and one with more values adds to what is there."""
+
+    grid: Annotated[Grid, tyro.conf.arg(name="")]
+
+    config: Flat
+
+    out: Path
+    """Folder that receives sweep.jsonl, a line a point, sweep.json, and a run folder for each point."""
+
+    together: int | Literal["auto"] = "auto"
+    """Autoencoders trained at a time; auto: as many as have weights and state in half of the device's memory."""
 
 
 @dataclass(kw_only=True)
@@ -206,6 +223,23 @@ def train_command(arguments: Sequence[str]) -> None:
     say(f"finished: {', '.join(map(str, runs))}. Evaluate: topkapi eval {runs[0]}")
 
 
+def sweep_command(arguments: Sequence[str]) -> None:
+    """topkapi sweep RECIPE --out FOLDER --n-latents N ... --k K ...: train and evaluate a grid, into FOLDER."""
+    from topkapi.sweep.running import print_table, sweep
+
+    name, *options = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        name, options = "demo", ["--help"]
+    if name not in RECIPES:
+        raise TopkapiError(f"no recipe {name!r}. Recipes: {', '.join(RECIPES)}.")
+    recipe = RECIPES[name]()
+    recipe = replace(recipe, eval=replace(recipe.eval, downstream_tokens=0))  # several times the work: when asked for
+    default = Sweep(config=recipe, grid=Grid.of(recipe), out=Path("runs") / f"sweep-{name}")
+    command = _parse(Sweep, f"topkapi sweep {name}", options, default)
+    require_undecided(command.config, recipe)
+    print_table(sweep(command.config, command.grid, command.out, command.together))
+
+
 def eval_command(arguments: Sequence[str]) -> None:
     """topkapi eval RUN [--tokens N] [--downstream-tokens N]: measure a run on held-out text, into RUN/eval.json."""
     from topkapi.demo import evaluate_run, print_table
@@ -356,6 +390,7 @@ def _measure_gpu(path: Path, bench_json: str) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": demo_command,
     "train": train_command,
+    "sweep": sweep_command,
     "eval": eval_command,
     "study": study_command,
     "bench": bench_command,

@@ -50,6 +50,7 @@ from topkapi.step import relu_step, topk_step
 
 WEIGHTS = ("W_enc", "W_dec")
 WITHOUT_LATENTS = "pre_bias"  # the parameter that is the same on every shard
+NOT_FINITE = "not_finite.txt"  # in the folder of a run that was left behind: why
 SECOND_SIGNAL_AFTER = 2.0  # seconds: a launcher and a terminal may both pass on what was one
 MOST_LOST = 0.01  # share of the k largest latents that shards may lose without a warning: ten times what is planned
 SAMPLE_TOKENS = 32_768  # for the geometric median, the encoder's scale and the loss's constant
@@ -61,6 +62,10 @@ class Interrupted(BaseException):
     def __init__(self, signal_number: int, state: str = "no step was done; run the same command again") -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name}: {state}.")
         self.signal_number = signal_number
+
+
+class NotFinite(TopkapiError):
+    """Loss or weights of an autoencoder are no longer finite."""
 
 
 @dataclass
@@ -176,12 +181,12 @@ class Trainer:
         return self._measured
 
     def check_finite(self, step: int, saver: checkpoint.Saver) -> None:
-        """Raise TopkapiError before a broken state is logged as progress or saved over a good one; on all processes."""
+        """Raise NotFinite before a broken state is logged as progress or saved over a good one; on all processes."""
         if not self._measure().is_finite:
             saver.wait()  # for the checkpoint that may still be on its way
             saved = checkpoint.steps(self.run)
             kept = f"the checkpoint of step {saved[-1]} is sound" if saved else "no checkpoint was written yet"
-            error = TopkapiError(
+            error = NotFinite(
                 f"{self.run}: loss or weights are no longer finite at step {step} (learning rate "
                 f"{self.config.optim.lr:.3g}); {kept}. Train again in another --run with a lower --optim.lr or with "
                 "--optim.clip-norm 1."
@@ -240,14 +245,18 @@ class Trainer:
         return None if tensor is None else tensor.cpu().float()
 
 
-def train(configs: Sequence[TrainConfig], runs: Sequence[Path], resume: bool = False) -> None:
+def train(
+    configs: Sequence[TrainConfig], runs: Sequence[Path], resume: bool = False, source: Source | None = None
+) -> None:
     """Train an autoencoder for each config, side by side on one stream of activations, each in its run folder.
 
     Configs may differ in model, loss, auxk and optim; the rest must agree. With `resume` the runs go on from the
     newest checkpoint that all of them have; where all are finished nothing is done. One that is no longer finite
-    is left behind at its last checkpoint, and the others go on.
+    is left behind at its last checkpoint, with a line in RUN/not_finite.txt, and the others go on. A `source` that
+    is open already, of one process, serves several calls.
 
     Raises:
+        NotFinite: of one or more; the others are finished.
         TopkapiError: a run exists already (without resume), a config differs from the one saved, bad input.
         Interrupted: SIGINT or SIGTERM came; checkpoints are written.
     """
@@ -262,7 +271,7 @@ def train(configs: Sequence[TrainConfig], runs: Sequence[Path], resume: bool = F
             return
         stop = stack.enter_context(_signals(mesh))
         with stop.waiting():  # nothing of the runs changes while the source is opened
-            source = open_source(configs[0], mesh)
+            source = source or open_source(configs[0], mesh)
             device = source.language_model.device
             configs = [config.resolved(source.language_model.d_model, device.type) for config in configs]
             batches = open_batches(source.blocks, configs[0].batch_tokens, configs[0].data.seed, device, mesh)
@@ -277,7 +286,7 @@ def train(configs: Sequence[TrainConfig], runs: Sequence[Path], resume: bool = F
         for trainer in trainers:
             trainer.publish(configs[0].n_steps * configs[0].batch_tokens)
         if lost := [str(run) for run in runs if run not in [trainer.run for trainer in trainers]]:
-            raise TopkapiError(f"{', '.join(lost)} did not finish, see above; the others did.")
+            raise NotFinite(f"{', '.join(lost)} did not finish, see above; the others did.")
 
 
 def _hold(configs: Sequence[TrainConfig], runs: Sequence[Path], resume: bool, mesh: Mesh, stack: ExitStack) -> bool:
@@ -291,7 +300,7 @@ def _hold(configs: Sequence[TrainConfig], runs: Sequence[Path], resume: bool, me
         _check_run(config, run, resume)
     if resume and not any((run / published.CONFIG).exists() for run in runs):
         say(f"{', '.join(map(str, runs))}: nothing to resume there; starting.")
-    return resume and all(map(_is_finished, runs))
+    return resume and all(map(is_finished, runs))
 
 
 def _let_go(used: ShuffledBatches | checkpoint.Saver, error: BaseException | None, mesh: Mesh) -> None:
@@ -399,7 +408,9 @@ def _drop_broken(trainers: list[Trainer], logs: list[MetricsLog | NoLog], step: 
     for trainer, log in list(zip(trainers, logs, strict=True)):
         try:
             trainer.check_finite(step, saver)
-        except TopkapiError as error:
+        except NotFinite as error:
+            line = f"{error}\n"
+            trainer.mesh.on_first(lambda run=trainer.run, it=line: write_text_atomic(run / NOT_FINITE, it))
             if len(trainers) == 1:
                 raise
             say(f"warning: {error} The others go on without it.")
@@ -493,7 +504,8 @@ def _require_run(run: Path) -> None:
         raise TopkapiError(f"no run {run}: give the folder that topkapi train wrote, as in topkapi eval runs/demo.")
 
 
-def _is_finished(run: Path) -> bool:
+def is_finished(run: Path) -> bool:
+    """Whether a run folder holds its trained autoencoder, whole."""
     try:
         published.read_published(run)
     except TopkapiError:
