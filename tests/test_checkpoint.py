@@ -169,6 +169,24 @@ def test_a_full_disk_in_the_background_leaves_the_older_ones(run, monkeypatch, n
         ]
 
 
+def test_what_could_not_be_written_is_tried_once_more(run, monkeypatch, capsys):
+    original, calls = dcp.FileSystemWriter.write_data, []
+
+    def write_data(self, *arguments):
+        calls.append(None)
+        return full() if len(calls) == 1 else original(self, *arguments)
+
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", write_data)
+    saver = checkpoint.Saver(keep=9, in_background=True)
+    for step in (20, 25):
+        saver.save([checkpoint.Snapshot(run, step, tensors(step), META)])
+    saver.wait()
+    saver.close()
+    assert "trying once more" in capsys.readouterr().err
+    for step in (20, 25):
+        assert_same(checkpoint.load(run, step).read(), tensors(step))
+
+
 def test_leftovers_of_a_kill_are_no_checkpoint(run):
     shutil.copytree(run / "checkpoints" / "step-00000015", run / "checkpoints" / ".step-00000020.tmp")
     assert checkpoint.steps(run) == [5, 10, 15]

@@ -98,6 +98,7 @@ class Saver:
         self.keep, self.mesh = keep, mesh
         self._thread: ThreadPoolExecutor | None = None
         self._written: Future[None] | None = None
+        self._writing: Sequence[Snapshot] = ()
         self._copies: dict[tuple[Path, str], Tensor] = {}
         if in_background:
             _ignore_one_process()  # here, as the thread's own call can fall into another one's `catch_warnings`
@@ -116,16 +117,21 @@ class Saver:
         copies = [self._copied(snapshot) for snapshot in snapshots]
         if any(_is_on_gpu(snapshot.state) for snapshot in snapshots):
             torch.cuda.current_stream().synchronize()
-        self._written = self._thread.submit(self._write, copies)
+        self._writing, self._written = copies, self._thread.submit(self._write, copies)
 
     def wait(self) -> None:
-        """Return when what was saved is on the disk.
+        """Return when what was saved is on the disk; what could not be written is tried once more, from the copy.
 
-        Raises OSError if it could not be written, as `save` does without a background, and any other error of it.
+        Raises OSError if it could not be written then either, as `save` does without a background, and any other error.
         """
         written, self._written = self._written, None
-        if written is not None:
+        if written is None:
+            return
+        try:
             written.result()
+        except OSError as error:
+            say(f"warning: a checkpoint could not be written ({error}); trying once more.")
+            self._write(self._writing)
 
     def close(self) -> None:
         """Let what was saved be written, and end the thread. An error of it that `wait` has not raised is forgotten."""
