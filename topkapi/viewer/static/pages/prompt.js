@@ -1,0 +1,2 @@
+export const title = () => "Prompt";
+export function open() { return {}; }
