@@ -31,6 +31,7 @@ SIDEWAYS = {
     "scaling": {"figures"},
     "study": {"evaluate"},
     "cli": {"bench", "demo", "recipes", "sweep", "viewer"},
+    "viewer": {"sweep"},
     "__main__": {"cli"},
 }
 

@@ -248,6 +248,22 @@ def find_source(name: str) -> Source:
     return Source(name, is_local=False)
 
 
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of the language model `name`, without the model.
+
+    Raises:
+        TopkapiError: it is missing, damaged or unreachable.
+    """
+    source = find_source(name)
+    with quiet():
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(source.path, local_files_only=source.is_local, trust_remote_code=False)
+        except Exception as error:  # of several kinds, see `_from_pretrained`
+            raise TopkapiError(_load_failure(source, name, error)) from None
+
+
 def _from_pretrained(source: Source, name: str, dtype: torch.dtype) -> tuple[Any, Any, dict[str, Any]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
