@@ -123,6 +123,26 @@ class StudyOptions:
 
 
 @dataclass(kw_only=True)
+class ViewOptions:
+    """Look at a run in a browser: its latents, what they fire on and what they do."""
+
+    study: Path
+    """Folder of the study that is shown."""
+
+    host: str = "127.0.0.1"
+    """Address or name to listen on. Whoever reaches it may look, label and compute: there are no passwords."""
+
+    port: int = 8000
+    """Port to listen on; 0: any that is free."""
+
+    model: bool = True
+    """Load the language model, for prompts, ablations and steering."""
+
+    open: bool = False
+    """Open a browser."""
+
+
+@dataclass(kw_only=True)
 class PlanOptions:
     """Plan training on many GPUs: the fastest mesh, its memory and its step's time by part, from a model of both.
 
@@ -257,16 +277,33 @@ def study_command(arguments: Sequence[str]) -> None:
     from topkapi.study import write_study
     from topkapi.train import load_run, open_text
 
-    if not arguments or {"-h", "--help"} & set(arguments):
-        _parse(StudyOptions, "topkapi study RUN", ["--help"])
-    run, *options = arguments
-    folder = ["--out", str(Path(run) / "study")] if not any(text.split("=")[0] == "--out" for text in options) else []
-    command = _parse(StudyOptions, f"topkapi study {run}", [*options, *folder])
-    ae, config = load_run(Path(run))
+    run, command = _of_run("study", StudyOptions, arguments, "out")
+    ae, config = load_run(run)
     text = open_text(config)
     token_file = getattr(text.splits, command.config.split)
-    write_study(Path(run), ae, text.language_model, token_file, config.data, command.config, command.out)
+    write_study(run, ae, text.language_model, token_file, config.data, command.config, command.out)
     say(f"study: {command.out}. Read it: topkapi.study.open({str(command.out)!r})")
+
+
+def view_command(arguments: Sequence[str]) -> None:
+    """topkapi view RUN [--study FOLDER] [--port 8000]: look at a run's latents in a browser."""
+    try:
+        from topkapi.viewer.serve import view
+    except ModuleNotFoundError as error:
+        raise TopkapiError(f"the viewer needs more packages ({error}): pip install 'topkapi[viewer]'.") from None
+
+    run, command = _of_run("view", ViewOptions, arguments, "study")
+    view(run, command.study, command.host, command.port, command.model, command.open)
+
+
+def _of_run(name: str, cls: type, arguments: Sequence[str], folder: str) -> tuple[Path, Any]:
+    """The run that a command's first argument names, and its options; `--folder` is RUN/study if not given."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        _parse(cls, f"topkapi {name} RUN", ["--help"])
+    run, *options = arguments
+    is_given = any(text.split("=")[0] == f"--{folder}" for text in options)
+    default = [] if is_given else [f"--{folder}", str(Path(run) / "study")]
+    return Path(run), _parse(cls, f"topkapi {name} {run}", [*options, *default])
 
 
 def demo_command(arguments: Sequence[str]) -> None:
@@ -393,6 +430,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "sweep": sweep_command,
     "eval": eval_command,
     "study": study_command,
+    "view": view_command,
     "bench": bench_command,
     "plan": plan_command,
 }

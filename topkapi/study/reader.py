@@ -96,13 +96,17 @@ class Study:
 
     @cached_property
     def autoencoder(self) -> Autoencoder:
-        """The autoencoder studied, from its run. Raises TopkapiError if the run holds another one or none."""
+        """The autoencoder studied, from its run. Raises TopkapiError as `require_run` does."""
+        self.require_run()
+        return Autoencoder.from_pretrained(self.run)
+
+    def require_run(self) -> None:
+        """Raise TopkapiError if the run holds another autoencoder than the one studied, or none."""
         if published.read_config(self.run).get("files", {}).get(published.WEIGHTS) != self.identity["autoencoder"]:
             raise TopkapiError(
                 f"{WHAT} {self.folder} is of another autoencoder than the one in {self.run}: "
                 "run topkapi study on that one, or give the run that was studied."
             )
-        return Autoencoder.from_pretrained(self.run)
 
     def nearest(self, i: int, n: int = 10, by: str = "decoder") -> list[directions.Neighbour]:
         """The n other latents whose rows of W_dec (by "decoder") or W_enc ("encoder") have the largest cosines."""

@@ -1,0 +1,95 @@
+"""Changes of latents: what a latent's value becomes, and at which tokens."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from topkapi.errors import TopkapiError
+
+Kind = Literal["clamp", "bound", "scale", "add", "ablate"]
+Where = Literal["all", "active"] | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What the value z of one latent becomes.
+
+        clamp  z' = value          scale  z' = value z        ablate  z' = 0
+        bound  z' = min(max(z, value), high)                  add     z' = z + value
+
+    Values may be negative, although the autoencoder itself gives none below 0. A latent that is not among the k of a
+    token has z = 0 there: clamp, bound and add make it active, scale and ablate change nothing.
+    """
+
+    latent: int
+    kind: Kind
+    value: float = 0.0
+    """For bound the lower end. Ablate takes none."""
+    high: float | None = None
+    """Of bound alone: the upper end."""
+    where: Where = "all"
+    """all: every token that training would use. active: those of them where z > 0. A tuple: positions in the sequence
+    from 0, the first real token, whether or not training would use what is there."""
+
+    def __post_init__(self) -> None:
+        if self.latent < 0:
+            raise TopkapiError(f"latent {self.latent}: latents count from 0.")
+        if not all(math.isfinite(number) for number in (self.value, self.high or 0.0)):
+            raise TopkapiError(
+                f"latent {self.latent}: {self.kind} needs a finite value; got {self.value}, {self.high}."
+            )
+        if (self.kind == "bound") != (self.high is not None):
+            raise TopkapiError(
+                f"latent {self.latent}: `high` goes with bound, which needs it; got {self.kind} and high={self.high}."
+            )
+        if self.high is not None and self.high < self.value:
+            raise TopkapiError(f"latent {self.latent}: bound from {self.value} to {self.high} is empty.")
+        if isinstance(self.where, tuple) and (not self.where or min(self.where) < 0):
+            raise TopkapiError(
+                f"latent {self.latent}: positions count from 0, the first token, and one at least must be given; got "
+                f"{self.where}."
+            )
+
+    def __str__(self) -> str:
+        numbers = {"ablate": "", "bound": f" {self.value:g} to {self.high:g}" if self.high is not None else ""}
+        at = "" if self.where == "all" else f" where {self.where}" if self.where == "active" else f" at {self.where}"
+        return f"{self.kind} latent {self.latent}{numbers.get(self.kind, f' {self.value:g}')}{at}"
+
+    def selects(
+        self, z: Float[Tensor, "b c"], position: Int[Tensor, "b c"], kept: Bool[Tensor, "b c"]
+    ) -> Bool[Tensor, "b c"]:
+        """The tokens that are edited; padding has position -1 and is not `kept`."""
+        if isinstance(self.where, tuple):
+            return torch.isin(position, torch.tensor(self.where, device=position.device))
+        return kept & (z > 0) if self.where == "active" else kept
+
+    def of(self, z: Float[Tensor, "b c"]) -> Float[Tensor, "b c"]:
+        """What values become."""
+        if self.kind == "scale":
+            return self.value * z
+        if self.kind == "add":
+            return z + self.value
+        if self.kind == "bound":
+            return z.clamp(self.value, self.high)
+        return torch.full_like(z, self.value if self.kind == "clamp" else 0.0)
+
+
+def changes(
+    edits: Sequence[Edit],
+    latents: Int[Tensor, " m"],
+    z: Float[Tensor, "b c m"],
+    position: Int[Tensor, "b c"],
+    kept: Bool[Tensor, "b c"],
+) -> Float[Tensor, "b c m"]:
+    """z' - z of `latents`; edits of the same latent follow each other, and "active" is of the value before all."""
+    edited = list(z.unbind(-1))
+    for edit in edits:
+        i = latents.tolist().index(edit.latent)
+        here = edit.selects(z[..., i], position, kept)
+        edited[i] = torch.where(here, edit.of(edited[i]), edited[i])
+    return torch.stack(edited, -1) - z
