@@ -1,7 +1,7 @@
 // The dictionary as a whole: distributions over latents, how training went, what was measured.
 
 import { Chart, histogram, legend, numbersTable } from "../parts/chart.js";
-import { card, explain, fill, h, segmented, stateNote } from "../parts/dom.js";
+import { card, fill, h, segmented, stateNote, term } from "../parts/dom.js";
 import { count, interval, number, percent, powerOfTen } from "../parts/format.js";
 import { failureNote } from "../parts/work.js";
 import { link, note, parse } from "../router.js";
@@ -89,7 +89,7 @@ function distributionCard(name, what, found, later, info) {
   later.push(() => histogram(host, {
     edges: found.edges, counts: found.counts, height: 230, what: "latents", x: { log: true, title: `${what}` },
     label: `Histogram of ${what} over latents, logarithmic${fits ? ", with a fitted Gaussian and a fitted Laplace distribution" : ""}. The numbers are in the table below.`,
-    colour: (_, paint) => mixed(paint),
+    colour: (_, paint) => paint.faint, curves: fits ? [fits.gaussian.curve, fits.laplace.curve] : [],
     over: (pen) => {
       if (!fits) return;
       pen.line(found.edges, fits.gaussian.curve, pen.paint.accent, { width: 2 });
@@ -101,7 +101,6 @@ function distributionCard(name, what, found, later, info) {
 }
 
 const powerOf = (power) => number(10 ** power);
-const mixed = (paint) => paint.faint;
 
 function cumulativeCard({ share_of_latents: latents, share_of_importance: importance }, later) {
   if (!latents.length) return card("Cumulative importance", {}, stateNote("quiet", "No latent fired.", ""));
@@ -122,14 +121,22 @@ function cumulativeCard({ share_of_latents: latents, share_of_importance: import
   return card("Cumulative importance", {}, host, numbersTable(["latents", "importance"], rows));
 }
 
-const shareOf = (power) => (power >= -2.001 ? percent(10 ** power, 1) : `${powerOfTen(power)}`);
+const shareOf = (power) => (power >= -2.001 ? percent(10 ** power, 1) : powerOfTen(power));
 
-function alignmentCard({ edges, counts }, later) {
+function alignmentCard(all, later) {
+  const { edges, counts } = occupied(all);
   const host = h("div", {});
   const middle = median(edges, counts);
   later.push(() => histogram(host, { edges, counts, height: 170, what: "latents", x: { title: "cosine of encoder and decoder row" }, label: `Histogram of the alignment of encoder and decoder, median about ${number(middle)}. The numbers are in the table below.` }));
   return card("Alignment", { info: "The cosine of a latent's encoder row and its decoder row." }, host,
     numbersTable(["cosine", "latents"], counts.map((n, i) => [`${number(edges[i])} to ${number(edges[i + 1])}`, count(n)]).filter((_, i) => counts[i])));
+}
+
+/** The bins in use, and two more on each side. */
+function occupied({ edges, counts }) {
+  const first = Math.max(0, counts.findIndex((n) => n > 0) - 2);
+  const end = Math.min(counts.length, counts.findLastIndex((n) => n > 0) + 3);
+  return { edges: edges.slice(first, end + 1), counts: counts.slice(first, end) };
 }
 
 function median(edges, counts) {
@@ -149,7 +156,7 @@ function denseCard(dense) {
 }
 
 function rowsTable(rows) {
-  return h("table", {}, h("tbody", {}, rows.map(([name, value, tip]) => h("tr", {}, h("td", {}, name, " ", tip ? explain(tip) : null), h("td", {}, value)))));
+  return h("table", {}, h("tbody", {}, rows.map(([name, value, tip]) => h("tr", {}, h("td", {}, tip ? term(name, tip) : name), h("td", {}, value)))));
 }
 
 function evaluationCard(evaluation) {

@@ -1,7 +1,7 @@
 // One latent: its numbers, how its values are distributed, the text it fires on, what it does, what is beside it.
 
 import { histogram, numbersTable } from "../parts/chart.js";
-import { card, explain, fill, freshId, h, segmented, stateNote } from "../parts/dom.js";
+import { card, fill, freshId, h, segmented, stateNote, term } from "../parts/dom.js";
 import { exampleGroups } from "../parts/examples.js";
 import { GAP, count, interval, number, percent, signed } from "../parts/format.js";
 import { labelSaved, theIndex } from "../parts/store.js";
@@ -112,7 +112,7 @@ class LatentPage {
       ["Alignment", number(of.alignment), "encoder · decoder", "Cosine of its encoder and its decoder row."],
     ];
     return h("dl", { class: "figures" }, entries.map(([name, value, sub, tip]) => h("div", { data: { figure: name.toLowerCase() } },
-      h("dt", {}, name, explain(tip)), h("dd", {}, value === GAP ? h("span", { class: "dim", "aria-label": "never fired" }, GAP) : value), h("dd", { class: "sub", title: sub }, sub || "\u00a0"))));
+      h("dt", {}, term(name, tip)), h("dd", {}, value === GAP ? h("span", { class: "dim", "aria-label": "never fired" }, GAP) : value), h("dd", { class: "sub", title: sub }, sub || "\u00a0"))));
   }
 
   // ---- the histogram ----
@@ -293,13 +293,18 @@ class LatentPage {
   async drawVotes() {
     const { votesHost, backend } = this;
     if (!votesHost) return;
+    const blocked = !backend.isStatic && modelNote(backend);
+    if (blocked) {
+      fill(votesHost, blocked);
+      return;
+    }
     try {
       const found = await backend.votes(this.i);
       const list = (title, entries) => h("div", {}, h("h3", {}, title), h("ol", { class: "rank" }, entries.map((vote) => h("li", {},
         h("span", { class: "what" }, tokenLabel(vote.text)), h("span", { class: "num", data: { tip: `logit ${signed(vote.logit)}, z ${signed(vote.z)}` } }, h("b", {}, signed(vote.z, 2)), " z")))));
       if (!this.closed) fill(votesHost, h("div", { class: "two" }, list("For", found.up), list("Against", found.down)), found.caveat ? h("p", { class: "caveat" }, found.caveat) : null);
     } catch (failure) {
-      if (!this.closed) fill(votesHost, modelNote(backend) ?? failureNote(failure));
+      if (!this.closed) fill(votesHost, failureNote(failure));
     }
   }
 

@@ -5,6 +5,7 @@ import { announce, card, fill, h, oncePerFrame, stateNote } from "../parts/dom.j
 import { count, number } from "../parts/format.js";
 import { NOT_COUNTED } from "../parts/index.js";
 import { QueryError, compile } from "../parts/query.js";
+import { Preview } from "../parts/preview.js";
 import { forgetIndex, theIndex } from "../parts/store.js";
 import { VirtualTable } from "../parts/table.js";
 import { setToken } from "../parts/tokens.js";
@@ -57,6 +58,7 @@ class LatentsPage {
     this.banner = h("div", {});
     this.table = this.newTable();
     this.chartHost = h("div", { class: "brushable" });
+    this.preview = new Preview(this.backend, () => this.index);
     fill(this.main,
       h("h1", { class: "unseen" }, "Latents"),
       h("div", { class: "finder" },
@@ -66,8 +68,8 @@ class LatentsPage {
       h("div", { class: "index-grid" },
         h("section", { class: "card index-card", "aria-label": "Table of latents" },
           h("div", { class: "index-info" }, this.info, this.chips, h("div", { class: "beside" }, this.labelTools())), this.table.element),
-        card("Density and importance", { className: "scatter-card", info: "Each point is a latent. Density: the share of tokens on which it fires. Importance: its mean squared value over all tokens. Drag over points to keep only those; click one to open it." },
-          this.chartHost)));
+        h("div", { class: "stack aside" }, card("Density and importance", { className: "scatter-card", info: "Each point is a latent. Density: the share of tokens on which it fires. Importance: its mean squared value over all tokens. Drag over points to keep only those; click one to open it." },
+          this.chartHost), this.preview.element)));
     this.chart = this.newChart();
     this.showBanner();
   }
@@ -100,7 +102,7 @@ class LatentsPage {
       { name: "label", title: "Label", className: "left c-label", draw: (cell, i) => (cell.textContent = index.label(i)) },
     ];
     return new VirtualTable({ label: "Latents", columns, rowHeight: ROW, onSort: (name) => this.sortBy(name),
-      onOpen: (i) => go(link("latent", i)), onSelect: (i) => this.selected(i) });
+      onOpen: (i) => go(link("latent", i)), onSelect: (i) => this.selected(i), onPoint: (i) => this.preview.show(i) });
   }
 
   drawNumber(cell, i) {
@@ -119,7 +121,7 @@ class LatentsPage {
     const [x, y] = this.reach.map(([low, high]) => [low - 0.06 * (high - low), high + 0.06 * (high - low)]);
     const shown = count(this.index.n_latents);
     return new Chart(this.chartHost, {
-      height: 380, label: `Scatter plot of ${shown} latents: density across, importance up, both logarithmic. The table and its query give the same numbers.`,
+      height: 300, label: `Scatter plot of ${shown} latents: density across, importance up, both logarithmic. The table and its query give the same numbers.`,
       x: { range: x, log: true, title: "density" }, y: { range: y, log: true, title: "importance" },
       draw: (pen) => this.drawPoints(pen),
       hover: (left, top, pen) => this.pointAt(left, top, pen),
@@ -214,7 +216,10 @@ class LatentsPage {
     this.table.showSort(name, descending);
     this.table.selected = this.state.at === "" ? -1 : items.subarray(0, length).indexOf(Number(this.state.at));
     this.table.show(items, length);
-    if (this.table.selected >= 0) this.table.reveal(this.table.selected);
+    if (this.table.selected >= 0) {
+      this.table.reveal(this.table.selected);
+      this.preview.show(items[this.table.selected]);
+    }
     this.chart.redraw();
     this.info.textContent = length === items.length ? `${count(length)} latents` : `${count(length)} of ${count(items.length)} latents`;
     announce(this.info.textContent);
@@ -267,6 +272,7 @@ class LatentsPage {
     const { sort, ...rest } = this.state;
     note(link("latents", "", { ...rest, sort: sort === DEFAULT_SORT ? "" : sort }));
     this.chart.redraw();
+    this.preview.show(i);
   }
 
   random() {

@@ -2,7 +2,7 @@
 // Logarithmic axes hold log10 of the numbers, so that one kind of scale serves all.
 
 import { channels, colours } from "./colours.js";
-import { powerOfTen, number } from "./format.js";
+import { number, powerOfTen, tick } from "./format.js";
 import { h } from "./dom.js";
 import { hideTip, showTip } from "./tips.js";
 
@@ -114,6 +114,7 @@ export class Chart {
 
   setBrush(box) {
     this.brush = box;
+    this.host.classList.toggle("brushed", Boolean(box));
     if (!this.u) return;
     this.placing = true;
     const place = box
@@ -140,7 +141,7 @@ export class Chart {
 }
 
 function axisOf(axis, paint, side, space) {
-  const format = axis.format ?? (axis.log ? powerOfTen : (value) => number(value));
+  const format = axis.format ?? (axis.log ? powerOfTen : tick);
   const made = {
     stroke: paint.soft, font: "11px Inter, sans-serif", space, size: side ? 46 : 30, gap: 4,
     grid: { stroke: paint.grid, width: 1, show: side === 1 || axis.grid === true }, ticks: { stroke: paint.line, width: 1, size: 4 },
@@ -153,16 +154,15 @@ function axisOf(axis, paint, side, space) {
   return made;
 }
 
-/** Whole decades, or 1, 2 and 5 of each where there are few. */
+/** Whole decades; where there are few, more of each, as far as there is room. */
 function logTicks([low, high], most) {
-  const decades = high - low;
-  const every = Math.max(1, Math.ceil(decades / Math.max(2, most)));
-  const ticks = [];
-  for (let power = Math.floor(low); power <= Math.ceil(high); power++) {
-    if (decades < 2) for (const step of [1, 2, 5]) ticks.push(power + Math.log10(step));
-    else if (power % every === 0) ticks.push(power);
-  }
-  return ticks.filter((tick) => tick >= low - 1e-9 && tick <= high + 1e-9);
+  const inside = (tick) => tick >= low - 1e-9 && tick <= high + 1e-9;
+  const powers = Array.from({ length: Math.ceil(high) - Math.floor(low) + 1 }, (_, i) => Math.floor(low) + i);
+  const every = Math.max(1, Math.ceil((high - low) / Math.max(2, most)));
+  if (high - low >= 2) return powers.filter((power) => power % every === 0 && inside(power));
+  const choices = [[1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9], [1, 1.5, 2, 3, 4, 5, 6, 8], [1, 2, 5], [1]];
+  const ticks = choices.map((steps) => powers.flatMap((power) => steps.map((step) => power + Math.log10(step))).filter(inside));
+  return ticks.find((found) => found.length <= Math.max(2, most)) ?? ticks.at(-1);
 }
 
 /** Draws in the units of the scales. */
@@ -228,11 +228,11 @@ export class Pen {
 }
 
 /** Bars of a histogram with counts on a linear or logarithmic axis, a note on hover, and whatever `over` draws. */
-export function histogram(host, { edges, counts, logCounts = false, x, height, label, what, colour, over, overlay, most = Math.max(1, ...counts), describe }) {
+export function histogram(host, { edges, counts, logCounts = false, x, height, label, what, colour, over, overlay, most = Math.max(1, ...counts), curves = [], describe }) {
   const values = logCounts ? counts.map((n) => (n > 0 ? Math.log10(n) : NaN)) : counts;
   const y = logCounts
     ? { range: [Math.log10(0.5), Math.log10(most * 1.6)], log: true, title: what, format: (power) => (power < 5 ? String(Math.round(10 ** power)) : powerOfTen(power)) }
-    : { range: [0, most * 1.08], title: what, format: (n) => (n >= 1e4 ? `${number(n / 1e3)}k` : Number.isInteger(n) ? String(n) : number(n, 2)) };
+    : { range: [0, Math.max(most, ...curves.flat()) * 1.06], title: what, format: (n) => (n >= 1e4 ? `${number(n / 1e3)}k` : Number.isInteger(n) ? String(n) : tick(n)) };
   const write = x.log ? (value) => number(10 ** value) : (value) => number(value);
   return new Chart(host, {
     height, label, overlay, x: { range: [edges[0], edges.at(-1)], ...x }, y,

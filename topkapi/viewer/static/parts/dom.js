@@ -45,6 +45,11 @@ export function explain(text) {
   return h("button", { class: "explain", type: "button", "aria-label": text, data: { tip: text } }, "?");
 }
 
+/** A word that says what it means, on hover, focus and click. */
+export function term(text, meaning) {
+  return h("button", { class: "term", type: "button", data: { tip: meaning }, "aria-description": meaning }, text);
+}
+
 /** A choice among few as buttons side by side. `choices`: [[value, text], ...]. */
 export function segmented(label, choices, chosen, onChoose) {
   const group = h("div", { class: "segmented", role: "group", "aria-label": label });

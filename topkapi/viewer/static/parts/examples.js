@@ -35,7 +35,7 @@ function exampleRow(example, about) {
   };
   return h("article", { class: "example" },
     h("div", { class: "value" }, number(example.value),
-      h("span", { class: "where" }, `document ${count(example.document)}`), h("span", { class: "where" }, `token ${count(example.position)}`)),
+      h("span", { class: "where", title: `document ${example.document}, token ${example.position} of its context` }, `doc ${count(example.document)}`), h("span", { class: "where" }, `token ${count(example.position)}`)),
     exampleStrip(example, about), button, more);
 }
 

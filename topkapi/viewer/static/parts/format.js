@@ -15,7 +15,7 @@ export function number(value, digits = 3) {
 
 function exponent(size, digits) {
   const [mantissa, power] = size.toExponential(digits - 1).split("e");
-  return `${mantissa}e${Number(power)}`.replace("-", "-");
+  return `${mantissa}e${Number(power)}`;
 }
 
 function plain(size, digits) {
@@ -32,8 +32,14 @@ export function count(value) {
 }
 
 /** 12.3 %. */
-export const percent = (share, digits = 3) =>
-  share === null || share === undefined || Number.isNaN(share) ? GAP : `${share === 0 ? "0" : (share * 100).toPrecision(digits > 2 && share >= 0.9995 ? 3 : digits).replace(/e.*$/, "")}\u202f%`;
+export function percent(share, digits = 3) {
+  if (share === null || share === undefined || Number.isNaN(share)) return GAP;
+  const size = Math.abs(share * 100);
+  return `${share < 0 ? MINUS : ""}${size > 0 && size < 1e-3 ? exponent(size, digits) : size === 0 ? "0" : plain(size, digits)}\u202f%`;
+}
+
+/** A number on an axis: no zeros that say nothing. */
+export const tick = (value) => (value === 0 || (Math.abs(value) >= 1e-3 && Math.abs(value) < 1e5) ? String(Number(value.toPrecision(3))).replace("-", MINUS) : number(value, 2).replace(".0e", "e"));
 
 /** [low, high]. */
 export const interval = (pair, write = number) => (pair ? `[${write(pair[0])}, ${write(pair[1])}]` : "");
@@ -41,7 +47,7 @@ export const interval = (pair, write = number) => (pair ? `[${write(pair[0])}, $
 /** A power of ten as an axis writes it. */
 export const powerOfTen = (exponentOf10) => {
   const near = Math.round(exponentOf10);
-  return Math.abs(exponentOf10 - near) < 1e-9 && Math.abs(near) >= 3 ? `1e${near}` : number(10 ** exponentOf10, 2);
+  return Math.abs(exponentOf10 - near) < 1e-9 && (near < -2 || near > 4) ? `1e${near}` : tick(Number((10 ** exponentOf10).toPrecision(2)));
 };
 
 /** A token as people can read it: what is blank becomes visible. Returns pieces [text, isMark]. */

@@ -7,7 +7,7 @@ const SPARE = 6; // rows drawn above and below those in sight
 
 /** `columns`: [{name, title, className, tip, sortable, draw(cell, i)}]; `onSort(name)`, `onOpen(i)`, `rowLabel`. */
 export class VirtualTable {
-  constructor({ label, columns, rowHeight, onSort, onOpen, onSelect }) {
+  constructor({ label, columns, rowHeight, onSort, onOpen, onSelect, onPoint }) {
     Object.assign(this, { columns, rowHeight, onOpen, onSelect });
     this.items = new Uint32Array(0);
     this.length = 0;
@@ -18,6 +18,10 @@ export class VirtualTable {
     this.scroller = h("div", { class: "vt-scroll", tabIndex: 0, role: "table", "aria-label": label,
       on: { scroll: oncePerFrame(() => this.draw()), keydown: (event) => this.onKey(event), click: (event) => this.onClick(event) } },
       h("div", { class: "vt-row vt-head", role: "row", "aria-rowindex": "1" }, this.heads), this.body);
+    this.scroller.addEventListener("pointerover", (event) => {
+      const row = event.target.closest(".vt-row[data-at]");
+      if (row && !event.buttons) onPoint(this.items[Number(row.dataset.at)]);
+    });
     this.element = this.scroller;
     this.observer = new ResizeObserver(() => this.draw());
     this.observer.observe(this.scroller);
@@ -69,7 +73,6 @@ export class VirtualTable {
     const end = Math.min(this.length, Math.ceil((above + this.viewHeight) / this.rowHeight) + SPARE);
     while (this.pool.length < end - first) this.pool.push(this.newRow());
     const shift = this.scroller.scrollTop - above;
-    for (const row of this.pool) row.wanted = false;
     const free = this.pool.filter((row) => afresh || row.at < first || row.at >= end);
     const placed = new Set(afresh ? [] : this.pool.filter((row) => row.at >= first && row.at < end).map((row) => row.at));
     for (let at = first; at < end; at++) if (!placed.has(at)) this.place(free.pop(), at);

@@ -24,8 +24,9 @@ export function setToken(cell, text) {
  * `onPoint(i)`: hovered or reached by keys; `onPick(i)`: clicked or Enter.
  */
 export function tokenStrip({ tokens, label, paint, tip, at = -1, gap, onPoint, onPick, className = "" }) {
-  const pieces = tokens.map((text, i) => tokenSpan(text, i, i === at));
-  const strip = h("div", { class: `strip ${className}`, role: "group", "aria-label": label }, pieces);
+  const parts = tokens.flatMap((text, i) => tokenSpan(text, i, i === at));
+  const pieces = parts.filter((part) => typeof part !== "string");
+  const strip = h("div", { class: `strip ${className}`, role: "group", "aria-label": label }, parts);
   strip.repaint = (newPaint = paint) => {
     paint = newPaint;
     pieces.forEach((piece, i) => setHeat(piece, paint(i)));
@@ -71,7 +72,9 @@ export function tokenStrip({ tokens, label, paint, tip, at = -1, gap, onPoint, o
   return strip;
 }
 
+/** A token's span. A space that begins it stays outside, so that heat covers the word and not the gap before it. */
 function tokenSpan(text, i, marked) {
+  if (/^ \S/.test(text)) return [i ? " " : "", tokenSpan(text.slice(1), i, marked)].flat();
   const span = h("span", { class: marked ? "token at" : "token", tabIndex: -1, data: { i } });
   for (const part of text.split(/(\n|⏎|\r|\t)/)) {
     if (part === "\n" || part === "⏎") span.append(h("span", { class: "mark" }, "⏎"), h("span", { class: "break" }, "\n"));
@@ -79,7 +82,7 @@ function tokenSpan(text, i, marked) {
     else if (part === "\t") span.append(h("span", { class: "mark" }, "⇥"), " ");
     else if (part) span.append(part);
   }
-  return span;
+  return [span];
 }
 
 function setHeat(piece, heat) {

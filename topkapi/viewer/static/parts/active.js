@@ -1,0 +1,61 @@
+// The latents active on a prompt, each with a strip of cells, a cell a token: a matrix that can be read as a list.
+
+import { fill, h, stateNote } from "./dom.js";
+import { number } from "./format.js";
+import { link } from "../router.js";
+import { tokenLabel } from "./tokens.js";
+
+const FIRST = 24; // latents shown before one asks for more
+
+/** `token`: number of the token whose latents are listed, null for all of them. */
+export function activeList({ tokens, token, index, onPoint, steer }) {
+  const rows = token === null ? ofPrompt(tokens, index) : tokens[token].active.map(([latent, value]) => ({ latent, value }));
+  if (!rows.length) return stateNote("quiet", "No latent is active here.", "");
+  const list = h("div", { class: "latent-rows", role: "list", on: { pointerleave: () => onPoint(null) } });
+  const draw = (n) => {
+    const shown = rows.slice(0, n).map((row) => activeRow(row, { tokens, token, index, onPoint, steer }));
+    const more = rows.length > n && h("button", { class: "quiet", type: "button", on: { click: () => draw(rows.length) } }, `All ${rows.length}`);
+    fill(list, shown, more);
+  };
+  draw(FIRST);
+  return list;
+}
+
+function ofPrompt(tokens, index) {
+  const best = new Map();
+  for (const { active } of tokens) for (const [latent, value] of active) best.set(latent, Math.max(best.get(latent) ?? 0, value));
+  const share = ({ latent, value }) => value / (index?.maximum[latent] || 1);
+  return [...best].map(([latent, value]) => ({ latent, value })).sort((a, b) => share(b) - share(a));
+}
+
+function activeRow({ latent, value }, { tokens, token, index, onPoint, steer }) {
+  const most = Math.max(index?.maximum[latent] || 0, value);
+  const cells = cellsOf(tokens.map(({ active }) => active.find(([other]) => other === latent)?.[1] ?? 0), most, token);
+  const share = index ? ` · ${Math.round((100 * value) / most)}\u202f% of its maximum` : "";
+  return h("div", { class: "latent-row", role: "listitem", on: { pointerenter: () => onPoint(latent), focusin: () => onPoint(latent) } },
+    h("a", { href: link("latent", latent) }, String(latent)), nameOf(latent, index),
+    h("span", { class: "num", data: { tip: `${number(value)}${share}` } }, number(value)), cells,
+    h("button", { class: "quiet", type: "button", "aria-label": `Steer with latent ${latent}`, on: { click: () => steer(latent) } }, "Steer"));
+}
+
+/** What a latent is called: its label, or its top token. */
+export function nameOf(latent, index) {
+  const name = h("span", { class: "name" });
+  if (index?.label(latent)) name.append(index.label(latent));
+  else if (index && index.topToken(latent) !== null) name.append(tokenLabel(index.topToken(latent)));
+  return name;
+}
+
+/** A cell a token; heat by value. */
+export function cellsOf(values, most, here = null) {
+  const cells = h("span", { class: "cells", "aria-hidden": "true" });
+  values.forEach((value, i) => {
+    const cell = h("i", { class: i === here ? "here" : "" });
+    if (value > 0) {
+      cell.classList.add("heat");
+      cell.style.setProperty("--share", Math.min(1, 0.12 + (0.88 * value) / most).toFixed(3));
+    }
+    cells.append(cell);
+  });
+  return cells;
+}
