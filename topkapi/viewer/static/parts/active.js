@@ -23,19 +23,19 @@ export function activeList({ tokens, token, index, onPoint, steer }) {
 
 function ofPrompt(tokens, index) {
   const best = new Map();
-  for (const { active } of tokens) for (const [latent, value] of active) best.set(latent, Math.max(best.get(latent) ?? 0, value));
+  for (const { active, kept } of tokens) for (const [latent, value] of active) if (kept) best.set(latent, Math.max(best.get(latent) ?? 0, value));
   const share = ({ latent, value }) => value / (index?.maximum[latent] || 1);
   return [...best].map(([latent, value]) => ({ latent, value })).sort((a, b) => share(b) - share(a));
 }
 
 function activeRow({ latent, value }, { tokens, token, index, onPoint, steer }) {
   const most = Math.max(index?.maximum[latent] || 0, value);
-  const cells = cellsOf(tokens.map(({ active }) => active.find(([other]) => other === latent)?.[1] ?? 0), most, token);
+  const cells = cellsOf(tokens.map(({ active, kept }) => (kept ? active.find(([other]) => other === latent)?.[1] ?? 0 : 0)), most, token);
   const share = index ? ` · ${Math.round((100 * value) / most)}\u202f% of its maximum` : "";
   return h("div", { class: "latent-row", role: "listitem", on: { pointerenter: () => onPoint(latent), focusin: () => onPoint(latent) } },
     h("a", { href: link("latent", latent) }, String(latent)), nameOf(latent, index),
     h("span", { class: "num", data: { tip: `${number(value)}${share}` } }, number(value)), cells,
-    h("button", { class: "quiet", type: "button", "aria-label": `Steer with latent ${latent}`, on: { click: () => steer(latent) } }, "Steer"));
+    h("button", { class: "quiet at-hover", type: "button", "aria-label": `Steer with latent ${latent}`, on: { click: () => steer(latent) } }, "Steer"));
 }
 
 /** What a latent is called: its label, or its top token. */
@@ -48,7 +48,7 @@ export function nameOf(latent, index) {
 
 /** A cell a token; heat by value. */
 export function cellsOf(values, most, here = null) {
-  const cells = h("span", { class: "cells", "aria-hidden": "true" });
+  const cells = h("span", { class: "cells", "aria-hidden": "true", style: { "max-width": `${values.length * 28}px` } });
   values.forEach((value, i) => {
     const cell = h("i", { class: i === here ? "here" : "" });
     if (value > 0) {

@@ -91,24 +91,24 @@ function resultView({ metric, rows, rank_correlation: correlation }, tokens, ind
   const most_at = Math.max(1e-9, ...rows.flatMap((row) => row.by_position.map(Math.abs)));
   const agreement = correlation ? `Rank correlation of attribution and ablation: ${number(correlation.value)} ${interval([correlation.low, correlation.high])}, ${correlation.n} latents.` : "Too few latents are measured for a rank correlation.";
   return h("div", {},
-    h("p", { class: "small" }, `Metric: ${signed(metric)} logits. ${agreement}`),
+    h("p", { class: "small summary" }, `Metric: ${signed(metric)} logits. ${agreement}`),
     h("div", { class: "table-scroll", tabIndex: 0, role: "region", "aria-label": "Attributed latents" }, h("table", {},
-      h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Latent"), h("th", { scope: "col", class: "left" }, "Label"), h("th", { scope: "col", class: "left" }, "Attribution"), h("th", { scope: "col" }), h("th", { scope: "col", class: "left" }, "Measured"), h("th", { scope: "col" }), h("th", { scope: "col", class: "left" }, "By position"), h("th", { scope: "col" }, h("span", { class: "unseen" }, "Steer")))),
+      h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Latent"), h("th", { scope: "col", class: "left" }, "Label"), h("th", { scope: "col", class: "left" }, "Attribution"), h("th", { scope: "col", class: "left" }, "Measured"), h("th", { scope: "col", class: "left" }, "By position"), h("th", { scope: "col" }, h("span", { class: "unseen" }, "Steer")))),
       h("tbody", {}, rows.map((row) => h("tr", {},
         h("td", {}, h("a", { href: link("latent", row.latent) }, String(row.latent))),
         h("td", { class: "left name" }, row.label?.label || nameOf(row.latent, index)),
-        h("td", { class: "left" }, bar(row.attribution, most)), h("td", {}, signed(row.attribution)),
-        h("td", { class: "left" }, row.measured === null ? null : bar(row.measured, most)), h("td", {}, row.measured === null ? h("span", { class: "dim" }, "not measured") : signed(row.measured)),
+        h("td", { class: "left" }, bar(row.attribution, most)),
+        h("td", { class: "left" }, row.measured === null ? h("span", { class: "dim" }, "not measured") : bar(row.measured, most)),
         h("td", { class: "left" }, strip(row, tokens, most_at)),
-        h("td", {}, h("button", { class: "quiet", type: "button", "aria-label": `Steer with latent ${row.latent}`, on: { click: () => steer(row.latent) } }, "Steer"))))))));
+        h("td", {}, h("button", { class: "quiet at-hover", type: "button", "aria-label": `Steer with latent ${row.latent}`, on: { click: () => steer(row.latent) } }, "Steer"))))))));
 }
 
 function bar(value, most) {
-  return h("div", { class: "diverging", "aria-hidden": "true" }, h("i", { class: value < 0 ? "below" : "", style: { "--share": (Math.abs(value) / most).toFixed(4) } }));
+  return h("div", { class: "bar-number" }, h("div", { class: "diverging" }, h("i", { class: value < 0 ? "below" : "", style: { "--share": (Math.abs(value) / most).toFixed(4) } })), h("span", { class: "num" }, signed(value)));
 }
 
 function strip(row, tokens, most) {
-  const cells = h("span", { class: "cells", role: "img", "aria-label": "Attribution by position" });
+  const cells = h("span", { class: "cells", role: "img", "aria-label": "Attribution by position", style: { "max-width": `${row.by_position.length * 28}px` } });
   row.by_position.forEach((value, i) => {
     const cell = h("i", { data: { tip: `${tokenText(tokens[i]?.text ?? "")}: ${signed(value)}` } });
     if (value) {

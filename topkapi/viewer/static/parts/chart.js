@@ -257,7 +257,8 @@ export function scatterImage(pen, xs, ys, shown) {
   const [w, tall] = [Math.round(width), Math.round(height)];
   const strong = new Uint16Array(w * tall);
   const faint = new Uint16Array(w * tall);
-  const size = Math.max(2, Math.round((xs.length < 2e4 ? 3 : 2) * pen.ratio * (xs.length > 6e4 ? 0.75 : 1)));
+  const few = shown.reduce((sum, one) => sum + one, 0) < 1000;
+  const size = Math.max(2, Math.round((xs.length < 2e4 || few ? 3 : xs.length < 6e4 ? 2 : 1.5) * pen.ratio));
   const [x0, y0] = [pen.x(0) - left, pen.y(0) - top];
   const [perX, perY] = [pen.x(1) - left - x0, pen.y(1) - top - y0];
   for (let i = 0; i < xs.length; i++) {
@@ -269,17 +270,25 @@ export function scatterImage(pen, xs, ys, shown) {
     }
   }
   const image = new ImageData(w, tall);
-  const [accent, grey] = [channels(pen.paint.accent), channels(pen.paint.soft)];
-  const each = xs.length < 2e4 ? 0.55 : 0.35;
-  for (let p = 0; p < strong.length; p++) {
-    if (!strong[p] && !faint[p]) continue;
-    const colour = strong[p] ? accent : grey;
-    const opacity = strong[p] ? 1 - (1 - each) ** strong[p] : 0.35 * (1 - 0.75 ** faint[p]);
-    image.data.set([...colour, 255 * opacity], 4 * p);
+  const pixels = new Uint32Array(image.data.buffer);
+  const each = few ? 0.9 : xs.length < 2e4 ? 0.55 : 0.35;
+  const [accent, grey] = [shades(pen.paint.accent, (n) => 1 - (1 - each) ** n), shades(pen.paint.soft, (n) => 0.35 * (1 - 0.75 ** n))];
+  for (let p = 0; p < pixels.length; p++) {
+    if (strong[p]) pixels[p] = accent[Math.min(strong[p], DARKEST)];
+    else if (faint[p]) pixels[p] = grey[Math.min(faint[p], DARKEST)];
   }
   const canvas = new OffscreenCanvas(w, tall);
   canvas.getContext("2d").putImageData(image, 0, 0);
   pen.ctx.drawImage(canvas, Math.round(left), Math.round(top));
+}
+
+const DARKEST = 40; // points on one pixel, above which it gets no darker
+
+/** The colour of a pixel on which n points lie, as an ImageData's four bytes in one number. */
+function shades(colour, opacity) {
+  const [r, g, b] = channels(colour);
+  const bytes = Uint8Array.from({ length: 4 * (DARKEST + 1) }, (_, i) => [r, g, b, 255 * opacity(Math.floor(i / 4))][i % 4]);
+  return new Uint32Array(bytes.buffer);
 }
 
 /** A small table of a chart's numbers, folded away: the text alternative. */

@@ -62,4 +62,8 @@ function drawDetail(detail, text, effect) {
     votes("Likelier without it (logit, probability)", effect.up), votes("Less likely without it", effect.down));
 }
 
-const signedPercent = (share) => (share > 0 ? "+" : share < 0 ? "−" : "") + percent(Math.abs(share), 2);
+/** A change of a probability; changes that nobody would notice are said to be small. */
+function signedPercent(share) {
+  const sign = share > 0 ? "+" : "−";
+  return Math.abs(share) < 1e-4 ? `${sign}<0.01\u202f%` : sign + percent(Math.abs(share), 2);
+}

@@ -26,7 +26,9 @@ export function startTips() {
     const owner = event.target.closest?.("[data-tip]");
     if (owner) showTip(owner.getBoundingClientRect(), owner.dataset.tip);
   };
-  for (const type of ["pointerover", "focusin", "click"]) document.addEventListener(type, shown);
+  for (const type of ["pointerover", "focusin"]) document.addEventListener(type, shown);
+  // A touch neither hovers nor focuses; buttons that do something keep their note out of the way of what they did.
+  document.addEventListener("click", (event) => (event.target.closest?.(".term, .explain") ? shown(event) : hideTip()));
   const left = (event) => {
     if (event.target.closest?.("[data-tip]")) hideTip();
   };

@@ -75,6 +75,7 @@ export function tokenStrip({ tokens, label, paint, tip, at = -1, gap, onPoint, o
 /** A token's span. A space that begins it stays outside, so that heat covers the word and not the gap before it. */
 function tokenSpan(text, i, marked) {
   if (/^ \S/.test(text)) return [i ? " " : "", tokenSpan(text.slice(1), i, marked)].flat();
+  if (/^ +$/.test(text)) return [blankSpan(text, i, marked)];
   const span = h("span", { class: marked ? "token at" : "token", tabIndex: -1, data: { i } });
   for (const part of text.split(/(\n|⏎|\r|\t)/)) {
     if (part === "\n" || part === "⏎") span.append(h("span", { class: "mark" }, "⏎"), h("span", { class: "break" }, "\n"));
@@ -83,6 +84,12 @@ function tokenSpan(text, i, marked) {
     else if (part) span.append(part);
   }
   return [span];
+}
+
+/** Spaces alone: shown as a sign where they are marked or warm, and as they are elsewhere. */
+function blankSpan(text, i, marked) {
+  return h("span", { class: marked ? "token blank at" : "token blank", tabIndex: -1, data: { i } },
+    h("span", { class: "space" }, text), h("span", { class: "mark" }, "␣".repeat(text.length)));
 }
 
 function setHeat(piece, heat) {
