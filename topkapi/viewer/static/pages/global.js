@@ -2,7 +2,7 @@
 
 import { Chart, histogram, legend, numbersTable } from "../parts/chart.js";
 import { card, fill, h, segmented, stateNote, term } from "../parts/dom.js";
-import { count, interval, number, percent, powerOfTen } from "../parts/format.js";
+import { count, interval, number, percent, powerOfTen, tick } from "../parts/format.js";
 import { failureNote } from "../parts/work.js";
 import { link, note, parse } from "../router.js";
 
@@ -84,7 +84,7 @@ function distributionCard(name, what, found, later, info) {
     const better = { gaussian: "A Gaussian fits better", laplace: "A Laplace distribution fits better" }[found.better] ?? "Neither fits clearly better";
     const each = (fit) => `at ${powerOf(fit.location)}, scale ${number(fit.scale)} decades`;
     said.append(h("p", {}, h("b", {}, better), `: log-likelihood ratio ${number(found.log_likelihood_ratio)}`, found.log_likelihood_ratio_interval ? ` ${interval(found.log_likelihood_ratio_interval)}` : "", found.p === undefined ? "." : `, p ${found.p < 0.001 ? "< 0.001" : `= ${number(found.p, 2)}`}.`),
-      h("p", {}, `Gaussian ${each(gaussian)}; Laplace ${each(laplace)}. ${count(found.n_dead)} latents never fired and are left out.`));
+      h("p", {}, `Gaussian ${each(gaussian)}; Laplace ${each(laplace)}. ${found.n_dead === 1 ? "1 latent" : `${count(found.n_dead)} latents`} never fired and ${found.n_dead === 1 ? "is" : "are"} left out.`));
   } else said.append(h("p", {}, `Nothing is fitted: ${found.why ?? "too few latents fired"}.`));
   later.push(() => histogram(host, {
     edges: found.edges, counts: found.counts, height: 230, what: "latents", x: { log: true, title: `${what}` },
@@ -224,4 +224,4 @@ function seriesChart(host, tokens, values, name, log) {
   });
 }
 
-const millions = (tokens) => (tokens >= 1e9 ? `${number(tokens / 1e9)}B` : tokens >= 1e6 ? `${number(tokens / 1e6)}M` : tokens >= 1e3 ? `${Math.round(tokens / 1e3)}k` : String(tokens));
+const millions = (tokens) => (tokens >= 1e9 ? `${tick(tokens / 1e9)}B` : tokens >= 1e6 ? `${tick(tokens / 1e6)}M` : tokens >= 1e3 ? `${Math.round(tokens / 1e3)}k` : String(tokens));

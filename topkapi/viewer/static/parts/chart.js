@@ -34,7 +34,7 @@ export class Chart {
     const { x, y, height = 220, select } = this.options;
     const paint = colours();
     this.u = new uPlot({
-      width: this.width, height, padding: [10, 12, 0, 0], legend: { show: false },
+      width: this.width, height, padding: [10, 20, 0, 0], legend: { show: false },
       scales: { x: { time: false, range: () => x.range }, y: { range: () => y.range } },
       series: [{}, { paths: () => null, points: { show: false } }],
       axes: [axisOf(x, paint, 0, this.width < 420 ? 50 : 60), axisOf(y, paint, 1, 36)],
@@ -250,7 +250,8 @@ export function histogram(host, { edges, counts, logCounts = false, x, height, l
   });
 }
 
-/** Points as an image: each pixel is as dark as there are points, so that 100 000 of them are drawn in milliseconds.
+/** Points as an image, so that 100 000 of them are drawn in milliseconds: a pixel is darker the more points it has, by
+ * the logarithm.
  * `shown(i)` tells which are drawn in the strong colour; others are faint. */
 export function scatterImage(pen, xs, ys, shown) {
   const { left, top, width, height } = pen.u.bbox;
@@ -271,8 +272,10 @@ export function scatterImage(pen, xs, ys, shown) {
   }
   const image = new ImageData(w, tall);
   const pixels = new Uint32Array(image.data.buffer);
-  const each = few ? 0.9 : xs.length < 2e4 ? 0.55 : 0.35;
-  const [accent, grey] = [shades(pen.paint.accent, (n) => 1 - (1 - each) ** n), shades(pen.paint.soft, (n) => 0.35 * (1 - 0.75 ** n))];
+  const most = Math.max(2, strong.reduce((a, b) => Math.max(a, b), 0));
+  const first = few ? 0.9 : xs.length < 2e4 ? 0.5 : 0.3;
+  const opacity = (n) => first + (1 - first) * (Math.log(n) / Math.log(Math.min(most, DARKEST)));
+  const [accent, grey] = [shades(pen.paint.accent, opacity), shades(pen.paint.soft, (n) => 0.35 * (1 - 0.75 ** n))];
   for (let p = 0; p < pixels.length; p++) {
     if (strong[p]) pixels[p] = accent[Math.min(strong[p], DARKEST)];
     else if (faint[p]) pixels[p] = grey[Math.min(faint[p], DARKEST)];
@@ -282,12 +285,12 @@ export function scatterImage(pen, xs, ys, shown) {
   pen.ctx.drawImage(canvas, Math.round(left), Math.round(top));
 }
 
-const DARKEST = 40; // points on one pixel, above which it gets no darker
+const DARKEST = 60; // points on one pixel, above which it gets no darker
 
 /** The colour of a pixel on which n points lie, as an ImageData's four bytes in one number. */
 function shades(colour, opacity) {
   const [r, g, b] = channels(colour);
-  const bytes = Uint8Array.from({ length: 4 * (DARKEST + 1) }, (_, i) => [r, g, b, 255 * opacity(Math.floor(i / 4))][i % 4]);
+  const bytes = Uint8Array.from({ length: 4 * (DARKEST + 1) }, (_, i) => [r, g, b, 255 * Math.min(1, opacity(Math.max(1, Math.floor(i / 4))))][i % 4]);
   return new Uint32Array(bytes.buffer);
 }
 
