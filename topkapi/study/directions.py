@@ -31,6 +31,8 @@ class Votes(NamedTuple):
 
     up: list[Vote]
     down: list[Vote]
+    deviation: float
+    """Standard deviation of the latent's logits over the vocabulary."""
 
 
 def nearest(weight: Float[Tensor, "n_latents d_model"], i: int, n: int) -> list[Neighbour]:
@@ -76,4 +78,5 @@ def votes(direction: Float[Tensor, " d_model"], lm: LanguageModel, n: int) -> Vo
     return Votes(
         [Vote(*pair) for pair in zip(order[:n].tolist(), falling[:n].tolist(), strict=True)],
         [Vote(*pair) for pair in zip(reverse[:n].tolist(), rising[:n].tolist(), strict=True)],
+        float(logits.std(correction=0)),
     )

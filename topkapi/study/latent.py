@@ -71,7 +71,7 @@ class Latent:
     def between(self, low: float, high: float) -> "Latent":
         """The same latent, with examples taken from firings of low <= value < high alone."""
         other = Latent(self.study, self.i)
-        other.chosen = np.flatnonzero((self.values >= low) & (self.values < high))
+        other.chosen = np.flatnonzero((self.values >= np.float64(low)) & (self.values < np.float64(high)))
         return other
 
     @property

@@ -1,66 +1,27 @@
-"""The table of all latents as one binary file, which a browser maps onto typed arrays without parsing.
-
-    8 bytes   length of the header, little-endian
-    header    JSON: {..., "columns": [{"name", "dtype", "offset"}, ...]}, padded with spaces
-    arrays    little-endian, each at a multiple of 8 bytes; `offset` counts from the beginning of the file
-
-The index that is kept beside a study (`topkapi.viewer.index`) is such a file too.
-"""
-
-import json
-from collections.abc import Mapping
-from typing import Any
+"""The table of all latents that the page shows, sorts and filters."""
 
 import numpy as np
 
 from topkapi.study import Study
-from topkapi.viewer.answers import to_json
-
-DTYPES = {"f4": "<f4", "u4": "<u4", "u1": "|u1"}
-
-
-def pack(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bytes:
-    """The file of a header and some arrays, each of one of DTYPES and of the header's n_latents."""
-    kind_of = {np.dtype(dtype): kind for kind, dtype in DTYPES.items()}
-    kinds = {name: kind_of[array.dtype] for name, array in arrays.items()}
-    columns = [{"name": name, "dtype": kind, "offset": 0} for name, kind in kinds.items()]
-    length = _padded(len(to_json({**header, "columns": columns})) + 20 * len(columns))  # offsets have up to 20 digits
-    offset = 8 + length
-    for column in columns:
-        column["offset"] = offset
-        offset += _padded(arrays[column["name"]].nbytes)
-    text = to_json({**header, "columns": columns}).ljust(length)
-    parts = [length.to_bytes(8, "little"), text]
-    for array in arrays.values():
-        parts += [array.tobytes(), bytes(_padded(array.nbytes) - array.nbytes)]
-    return b"".join(parts)
+from topkapi.viewer.binary import pack
+from topkapi.viewer.index import Index
 
 
-def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Header and arrays of a file that `pack` made. Raises ValueError where it is not one, or is cut."""
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    try:
-        columns = header.pop("columns")
-        rows = header["n_latents"]
-        arrays = {c["name"]: np.frombuffer(data, DTYPES[c["dtype"]], rows, c["offset"]) for c in columns}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"no table: {error!r}") from None
-    return header, arrays
+def table(study: Study, index: Index) -> bytes:
+    """The table: a study's own columns, and those of its index as far as it is made.
 
-
-def _padded(length: int) -> int:
-    return -(-length // 8) * 8
-
-
-def of_study(study: Study) -> dict[str, np.ndarray]:
-    """The columns that a study has at hand."""
+    n_fired (u4); importance, and mean and maximum of firings (f4); kurtosis (f4); modes (u1, 255 where they are not
+    counted yet, 0 where the latent never fired); top_token (u4, an index into the header's tokens, 2^32 - 1 for none).
+    What a latent that never fired has none of is NaN.
+    """
     n_fired = study.n_fired
     with np.errstate(invalid="ignore"):
         mean = np.where(n_fired > 0, study.arrays["sums"] / n_fired, np.nan)
-    return {
+    own = {
         "n_fired": n_fired.astype("<u4"),
         "importance": study.importance.astype("<f4"),
         "mean": mean.astype("<f4"),
         "maximum": np.where(n_fired > 0, study.arrays["maxima"], np.nan).astype("<f4"),
     }
+    header = {"n_latents": study.n_latents, "n_tokens": study.n_tokens, "tokens": index.tokens}
+    return pack(header, own | index.arrays)

@@ -7,7 +7,6 @@ Intervals are 95 %. Both take tokens as independent of each other, which tokens 
 """
 
 import math
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,16 +14,14 @@ from jaxtyping import Float64
 from scipy import stats
 
 from topkapi.statistics.intervals import CONFIDENCE
-from topkapi.statistics.modes import count_modes, dip_test
 from topkapi.study import Study
 from topkapi.study.latent import Latent
+from topkapi.viewer.modes import dip, find_modes
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 BINS = 50
 BESIDE = 10  # latents of each kind of neighbour
 FEWEST_FOR_INTERVAL = 10  # firings behind an interval of importance
-FEWEST_FOR_MODES = 10  # firings
-MOST_FOR_MODES = 2**18  # firings; of more, so many evenly spaced ones
 Z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
 
 
@@ -33,7 +30,7 @@ def describe(study: Study, i: int) -> dict[str, Any]:
     latent = study.latent(i)
     values = latent.values.astype(np.float64)
     quantiles, histogram = latent.quantiles(QUANTILES), latent.histogram(BINS)
-    dip = dip_test(_some(values), n_simulated=200) if len(values) >= FEWEST_FOR_MODES else None
+    tested = dip(latent.values)
     return {
         "i": i,
         "n_fired": latent.n_fired,
@@ -49,8 +46,8 @@ def describe(study: Study, i: int) -> dict[str, Any]:
         "kurtosis": standardised(values, 4),
         "is_sample": latent.is_sample,
         "histogram": None if histogram is None else {"edges": histogram.edges, "counts": histogram.counts},
-        "modes": modes(values),
-        "dip": None if dip is None else {"statistic": dip.dip, "p": dip.p_value},
+        "modes": [vars(mode) for mode in find_modes(latent.values)],
+        "dip": None if tested is None else tested._asdict(),
         "positions": {"fired": latent.positions(), "encoded": study.context_positions},
         "nearest": {by: _nearest(study, i, by) for by in ("decoder", "encoder")},
         "coactive": _coactive(study, latent),
@@ -84,35 +81,12 @@ def standardised(values: Float64[np.ndarray, " firings"], power: int) -> float |
     return float((values**power).mean() / (values**2).mean() ** (power / 2)) if len(values) else None
 
 
-def modes(values: Float64[np.ndarray, " firings"]) -> list[dict[str, float]]:
-    """The modes of a latent's firings (`topkapi.statistics.modes`), rising, and the share of firings in each.
-
-    Modes meet where the density estimate between their peaks is lowest: low <= value < high. Empty below 10 firings.
-    """
-    if len(values) < FEWEST_FOR_MODES:
-        return []
-    found = count_modes(_some(values))
-    peaks = np.searchsorted(found.grid, found.positions)
-    cuts = [found.grid[a + found.density[a:b].argmin()] for a, b in pairwise(peaks)]
-    edges = np.array([0.0, *cuts, np.nextafter(values.max(), np.inf)])
-    shares = np.histogram(values, edges)[0] / len(values)
-    return [
-        {"low": low, "high": high, "peak": peak, "share": share}
-        for (low, high), peak, share in zip(pairwise(edges), found.positions, shares, strict=True)
-    ]
-
-
 def alignment(study: Study, i: int) -> float:
     """The cosine of latent i's encoder and decoder row; 0 where one is 0."""
     ae = study.autoencoder
     encoder, decoder = ae.W_enc[i].detach().double(), ae.W_dec[i].detach().double()
     length = float(encoder.norm() * decoder.norm())
     return float(encoder @ decoder) / length if length else 0.0
-
-
-def _some(values: Float64[np.ndarray, " firings"]) -> Float64[np.ndarray, " some"]:
-    """All firings, or evenly spaced ones in the order of the text, where there are more than modes need."""
-    return values[:: -(-len(values) // MOST_FOR_MODES)] if len(values) else values
 
 
 def _nearest(study: Study, i: int, by: str) -> list[dict[str, Any]]:

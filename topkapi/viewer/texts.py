@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 from topkapi.evaluate.contexts import CUT, visible
@@ -14,6 +15,7 @@ class Texts:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        self._lock = Lock()  # the tokenizers of transformers fail where two threads use one at a time
         self._decoded = lru_cache(2**16)(self._decode)  # the same pairs of tokens come again and again
 
     def each(self, ids: Sequence[int]) -> list[str]:
@@ -39,13 +41,16 @@ class Texts:
 
     def name(self, token: int) -> str:
         """What the tokenizer calls a token that has no text."""
-        return visible(str(self.tokenizer.convert_ids_to_tokens(token)))
+        with self._lock:
+            return visible(str(self.tokenizer.convert_ids_to_tokens(token)))
 
-    def ids(self, text: str) -> list[int]:
-        """The tokens of a text, without any that the tokenizer would add."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def ids(self, text: str, whole: bool = True) -> list[int]:
+        """The tokens of a text; of a whole one with what the tokenizer puts before it."""
+        with self._lock:
+            return list(self.tokenizer(text, add_special_tokens=whole)["input_ids"])
 
     def _decode(self, ids: tuple[int, ...]) -> str:
         if not ids:
             return ""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        with self._lock:
+            return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
