@@ -143,6 +143,20 @@ class ViewOptions:
 
 
 @dataclass(kw_only=True)
+class ExportOptions:
+    """Write the page of a run as files, with all that needs no language model at hand, into the folder OUT."""
+
+    study: Path
+    """Folder of the study that is shown."""
+
+    examples: int = 5
+    """Examples of each kind for each latent."""
+
+    votes: bool = True
+    """Write the tokens that latents vote for, which takes the language model to be loaded."""
+
+
+@dataclass(kw_only=True)
 class PlanOptions:
     """Plan training on many GPUs: the fastest mesh, its memory and its step's time by part, from a model of both.
 
@@ -296,6 +310,25 @@ def view_command(arguments: Sequence[str]) -> None:
     view(run, command.study, command.host, command.port, command.model, command.open)
 
 
+def export_command(arguments: Sequence[str]) -> None:
+    """topkapi export RUN OUT [--examples N]: the same page as files, for any static host, into the folder OUT."""
+    try:
+        from topkapi.viewer.export import export
+        from topkapi.viewer.serve import open_for
+    except ModuleNotFoundError as error:
+        raise TopkapiError(f"the viewer needs more packages ({error}): pip install 'topkapi[viewer]'.") from None
+
+    words = [*arguments]
+    is_named = len(words) > 1 and not any(word.startswith("-") for word in words[:2])
+    out = words.pop(1) if is_named else ""
+    run, command = _of_run("export", ExportOptions, words, "study")
+    if not out:
+        raise TopkapiError("name the folder to write after the run, as in topkapi export runs/demo site.")
+    if command.examples < 1:
+        raise TopkapiError(f"--examples must be 1 or more; got {command.examples}.")
+    export(run, open_for(run, command.study), Path(out), command.examples, command.votes)
+
+
 def _of_run(name: str, cls: type, arguments: Sequence[str], folder: str) -> tuple[Path, Any]:
     """The run that a command's first argument names, and its options; `--folder` is RUN/study if not given."""
     if not arguments or {"-h", "--help"} & set(arguments):
@@ -431,6 +464,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "eval": eval_command,
     "study": study_command,
     "view": view_command,
+    "export": export_command,
     "bench": bench_command,
     "plan": plan_command,
 }
