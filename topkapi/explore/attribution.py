@@ -58,7 +58,12 @@ def metric(logits: Float[Tensor, "b vocab"], positive: Sequence[int], negative: 
 
 
 def attribute(
-    spliced: Spliced, tokens: Int[Tensor, "1 c"], positive: Sequence[int], negative: Sequence[int], steps: int = 0
+    spliced: Spliced,
+    tokens: Int[Tensor, "1 c"],
+    positive: Sequence[int],
+    negative: Sequence[int],
+    steps: int = 0,
+    on_step: Callable[[int], object] = lambda _: None,
 ) -> Attribution:
     """The contribution of every latent that is active in a prompt to the difference of two sets of logits.
 
@@ -66,7 +71,7 @@ def attribute(
 
     With steps > 0 g is the mean of the gradients at `steps` points between the activations without any latent's part
     and those as they are (midpoint rule, whose error falls with the square of steps): then `total` sums to M less M
-    without any latent. Cost: a pass up to the site, and a pass forward and back, or `steps` of them.
+    without any latent. Cost: a pass up to the site, and 1 + `steps` passes forward and back; `on_step` hears of them.
 
     Raises:
         TopkapiError: a set is empty or has a token that the other has, a token is none, or steps < 0.
@@ -78,8 +83,9 @@ def attribute(
         raise TopkapiError(f"steps must be 0, for the gradient as it is, or more; got {steps}.")
     code = spliced.code(tokens)
     value, gradient = spliced.lm.gradient(tokens, lambda logits: metric(logits, positive, negative))
+    on_step(1)
     if steps:
-        gradient = _mean_gradient(spliced, tokens, code, positive, negative, steps)
+        gradient = _mean_gradient(spliced, tokens, code, positive, negative, steps, on_step)
     values = torch.where(code.kept[..., None], code.values, 0)[0].double()
     rows, indices = spliced.ae.W_dec.detach(), code.indices[0]
     g = gradient[0].to(rows)
@@ -102,7 +108,13 @@ def _by_latent(
 
 
 def _mean_gradient(
-    spliced: Spliced, tokens: Tensor, code: Code, positive: Sequence[int], negative: Sequence[int], steps: int
+    spliced: Spliced,
+    tokens: Int[Tensor, "1 c"],
+    code: Code,
+    positive: Sequence[int],
+    negative: Sequence[int],
+    steps: int,
+    on_step: Callable[[int], object],
 ) -> Float[Tensor, "1 c d_model"]:
     """The mean of dM / d raw at `steps` points from no latents to all."""
     whole = latents_part(spliced, code)
@@ -116,6 +128,7 @@ def _mean_gradient(
             tokens.expand(len(some), -1), lambda logits: metric(logits, positive, negative), replace
         )
         total = total + gradient.double().sum(0, keepdim=True)
+        on_step(len(some))
     return total / steps
 
 

@@ -78,7 +78,8 @@ class Spliced:
             )
         if ae.language_model and ae.language_model != lm.name:
             say(
-                f"warning: the autoencoder was trained on {ae.language_model}; whether {lm.name} is the same is not checked."
+                f"warning: the autoencoder was trained on {ae.language_model}; whether {lm.name} is the same is not "
+                "checked."
             )
         self.lm, self.ae = lm, ae
         data = (ae.training_config or {}).get("data", {})
