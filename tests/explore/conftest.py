@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import topkapi.study
 from tests.data.tiny import make_language_model
@@ -43,10 +44,22 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="session")
 def models(folders):
     """transformers' own models and tokenizers, in float64, by family."""
-    load = AutoModelForCausalLM.from_pretrained
-    return {
-        name: (load(path, dtype=torch.float64), AutoTokenizer.from_pretrained(path)) for name, path in folders.items()
-    }
+    loaded = {}
+    for name, path in folders.items():
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+        _use_float64_norms(model)
+        loaded[name] = model, AutoTokenizer.from_pretrained(path)
+    return loaded
+
+
+def _use_float64_norms(model):
+    """transformers' RMS norms compute in float32 whatever they are given."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LlamaRMSNorm):
+                norm = torch.nn.RMSNorm(len(child.weight), child.variance_epsilon, dtype=torch.float64)
+                norm.weight = child.weight
+                setattr(parent, name, norm)
 
 
 @pytest.fixture

@@ -265,12 +265,9 @@ def test_an_error_leaves_no_hook_and_mistakes_are_named(make):
         spliced.logits(TOKENS, [Edit(96, "ablate")])
     with spliced.editing([Edit(3, "ablate")]), pytest.raises(TopkapiError, match="in force here already"):
         spliced.code(TOKENS)
-    lm = spliced.lm
-    with pytest.raises(TopkapiError, match="width 64"):
-        lm.d_model = 65
-        Spliced(lm, spliced.ae)
-    lm.d_model = 64
+    spliced.ae.site = "resid_pre.0"
     with pytest.raises(TopkapiError, match=r"trained at resid_pre\.0"):
-        ae = random_autoencoder()
-        ae.site = "resid_pre.0"
-        Spliced(lm, ae)
+        Spliced(spliced.lm, spliced.ae)
+    spliced.lm.d_model = 65
+    with pytest.raises(TopkapiError, match="width 64"):
+        Spliced(spliced.lm, spliced.ae)

@@ -25,6 +25,8 @@ from topkapi.evaluate.downstream import LOGIT_ELEMENTS
 from topkapi.explore.spliced import Code, Spliced
 from topkapi.ops import matmul_at_sparse_indices
 
+Numbers = Sequence[float] | Float[np.ndarray, " n"]
+
 FEWEST_PAIRS = 4  # of which a rank correlation can have an interval
 
 
@@ -78,7 +80,7 @@ def attribute(
 
     Source: Gao et al. 2024, appendix E.2; Sundararajan et al. 2017.
     """
-    _check_sets(positive, negative)
+    _check_sets(spliced, positive, negative)
     if steps < 0:
         raise TopkapiError(f"steps must be 0, for the gradient as it is, or more; got {steps}.")
     code = spliced.code(tokens)
@@ -140,10 +142,9 @@ def latents_part(spliced: Spliced, code: Code) -> Float[Tensor, "1 c d_model"]:
     return torch.where(code.kept[..., None], code.norm[..., None] * part.unflatten(0, code.norm.shape), 0)
 
 
-def passes_at_once(spliced: Spliced, tokens: Int[Tensor, "1 c"]) -> int:
-    """How many copies of a prompt go through the language model together, so that their logits fit."""
-    vocabulary = spliced.lm.model.config.get_text_config().vocab_size
-    return max(1, min(spliced.lm.batch_contexts, LOGIT_ELEMENTS // (tokens.shape[1] * vocabulary)))
+def passes_at_once(spliced: Spliced, tokens: Int[Tensor, "b c"]) -> int:
+    """How many contexts of this length go through the language model together, so that their logits fit."""
+    return max(1, min(spliced.lm.batch_contexts, LOGIT_ELEMENTS // (tokens.shape[1] * _vocabulary(spliced))))
 
 
 def measure(
@@ -165,7 +166,7 @@ def measure(
     Raises:
         TopkapiError: no such latent, sets as in `attribute`, or the language model does not compute in float32.
     """
-    _check_sets(positive, negative)
+    _check_sets(spliced, positive, negative)
     for latent in latents:
         spliced.check_latent(latent)
     require_precise(spliced)
@@ -207,7 +208,7 @@ def require_precise(spliced: Spliced) -> None:
         )
 
 
-def rank_correlation(predicted: Sequence[float], measured: Sequence[float]) -> RankCorrelation | None:
+def rank_correlation(predicted: Numbers, measured: Numbers) -> RankCorrelation | None:
     """Spearman's rank correlation and its interval; None for fewer than 4 pairs, or where one side is constant.
 
         tanh(atanh(r) -+ 1.96 sqrt((1 + r^2 / 2) / (n - 3)))
@@ -230,8 +231,16 @@ def rank_correlation(predicted: Sequence[float], measured: Sequence[float]) -> R
     return RankCorrelation(value, min(low, value), max(high, value), n)
 
 
-def _check_sets(positive: Sequence[int], negative: Sequence[int]) -> None:
+def _vocabulary(spliced: Spliced) -> int:
+    return spliced.lm.model.config.get_text_config().vocab_size
+
+
+def _check_sets(spliced: Spliced, positive: Sequence[int], negative: Sequence[int]) -> None:
     if not positive or not negative:
         raise TopkapiError("a difference of logits needs a positive and a negative token at least.")
     if both := set(positive) & set(negative):
         raise TopkapiError(f"tokens {sorted(both)} are both positive and negative: leave them out of one.")
+    vocabulary = _vocabulary(spliced)
+    for token in (*positive, *negative):
+        if not 0 <= token < vocabulary:
+            raise TopkapiError(f"no token {token}: the language model has tokens 0 to {vocabulary - 1}.")

@@ -17,7 +17,7 @@ from jaxtyping import Float64, Int, Int64
 from torch import Tensor
 
 from topkapi.errors import TopkapiError
-from topkapi.evaluate.downstream import LOGIT_ELEMENTS
+from topkapi.explore.attribution import passes_at_once
 from topkapi.explore.edits import Edit
 from topkapi.explore.prompts import continuation
 from topkapi.explore.proportions import Difference, Rate, clustered_rate, difference, rate
@@ -165,10 +165,8 @@ def _kl(
     """KL(steered || clean) at each steered token, from whole passes over the steered texts."""
     written = torch.from_numpy(steered)
     tokens = torch.cat([prompt.expand(len(written), -1), written], 1)[:, :-1]
-    vocabulary = spliced.lm.model.config.get_text_config().vocab_size
-    size = max(1, min(spliced.lm.batch_contexts, LOGIT_ELEMENTS // (tokens.shape[1] * vocabulary)))
     found = []
-    for some in tokens.split(size):
+    for some in tokens.split(passes_at_once(spliced, tokens)):
         first = prompt.shape[1] - 1
         changed, clean = spliced.logits(some, edits)[:, first:], spliced.logits(some)[:, first:]
         for row, other in zip(changed, clean, strict=True):  # one context at a time: log-softmaxes in float64
