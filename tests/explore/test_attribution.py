@@ -101,8 +101,8 @@ def test_rank_correlation_and_its_interval():
         assert perfect.value == pytest.approx(sign)
         assert perfect.low <= perfect.value <= perfect.high
         assert perfect.high - perfect.low > 0.02, "twelve pairs are no certainty"
-    assert rank_correlation([1, 2, 3], [1, 2, 3]) is None
-    assert rank_correlation([1, 1, 1, 1], [1, 2, 3, 4]) is None
+    assert rank_correlation([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) is None
+    assert rank_correlation([1.0, 1.0, 1.0, 1.0], [1.0, 2.0, 3.0, 4.0]) is None
     covered = 0
     for _ in range(400):  # true rank correlation of this pair: 6/pi asin(0.8 / 2)
         a = rng.standard_normal(30)

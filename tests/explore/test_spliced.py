@@ -155,8 +155,7 @@ def test_left_padded_batches_equal_single_prompts(make, family):
     assert (plain.logits[0] - together.logits[0]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "site"), zip(FAMILIES * 2, SITES[:3] + SITES[1:], strict=True))
 def test_cached_generation_equals_recomputation(make, family, site):
     spliced = make(family, site)
     prompt = TOKENS[:, :5]

@@ -87,7 +87,7 @@ def sample(
     """
     _check_sampling(spliced, prompt, n_samples, n_tokens, temperature)
     spliced.check(edits)
-    seeds = [[seed, i] for i in range(n_samples)]
+    seeds = [[seed, 0, i] for i in range(n_samples)]
     clean, clean_lengths = write(spliced, prompt, (), seeds, n_tokens, temperature, on_token)
     steered, steered_lengths = write(spliced, prompt, edits, seeds, n_tokens, temperature, on_token)
     kl = _kl(spliced, prompt, edits, steered)
@@ -203,14 +203,14 @@ def experiment(
     for of in (edits, *controls):
         spliced.check(of)
 
-    def count(of: Sequence[Edit], stream: list[int]) -> Rate:
-        seeds = [[seed, *stream, i] for i in range(n_samples)]
+    def count(of: Sequence[Edit], stream: int) -> Rate:
+        seeds = [[seed, stream, i] for i in range(n_samples)]  # all of one length: numpy's seeds may end in any zeros
         tokens, lengths = write(spliced, prompt, of, seeds, n_tokens, temperature, on_token)
         texts = [continuation(spliced.lm, row[:n]) for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
         return rate(sum(pattern.search(text) is not None for text in texts), n_samples)
 
-    clean, steered = count((), []), count(edits, [])
-    each = [count(of, [1 + i]) for i, of in enumerate(controls)]
+    clean, steered = count((), 0), count(edits, 0)
+    each = [count(of, 1 + i) for i, of in enumerate(controls)]
     together = clustered_rate([one.n for one in each], n_samples)
     return Experiment(
         clean=clean,
