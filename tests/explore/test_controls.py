@@ -4,19 +4,20 @@ Mutations seen caught: an edited latent among the controls; a latent in two cont
 logarithm; silent latents drawn.
 """
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
 from topkapi.errors import TopkapiError
 from topkapi.explore import Edit, matched_controls
+from topkapi.study import Study
 
 
-def made_up(n_fired, maxima):
-    return SimpleNamespace(
-        n_fired=np.array(n_fired), arrays={"maxima": np.array(maxima, dtype=np.float32)}, n_tokens=1_000, folder="here"
-    )
+class MadeUp(Study):
+    """What is asked of a study, without files."""
+
+    def __init__(self, n_fired, maxima):
+        self.arrays = {"n_fired": np.array(n_fired), "maxima": np.array(maxima, dtype=np.float32)}
+        self.n_tokens, self.folder = 1_000, "here"
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def study():
     """60 latents in three groups of activity, and 5 that never fired."""
     rng = np.random.default_rng(0)
     n_fired = np.repeat([5, 50, 500], 20) + rng.integers(0, 4, 60)
-    return made_up([*n_fired, *[0] * 5], [*np.repeat([0.2, 1.0, 0.2], 20), *[0.0] * 5])
+    return MadeUp([*n_fired, *[0] * 5], [*np.repeat([0.2, 1.0, 0.2], 20), *[0.0] * 5])
 
 
 def test_controls_are_latents_of_equal_activity(study):
@@ -49,7 +50,7 @@ def test_controls_are_drawn_by_the_seed(study):
 
 def test_nearness_is_relative():
     """10 is to 100 as 1 000 is: the log counts."""
-    study = made_up([100, 10, 1_000, 200, 60], [1.0, 1.0, 1.0, 1.0, 1.0])
+    study = MadeUp([100, 10, 1_000, 200, 60], [1.0, 1.0, 1.0, 1.0, 1.0])
     drawn = {matched_controls(study, [Edit(0, "ablate")], 2, seed)[i][0].latent for seed in range(20) for i in (0, 1)}
     assert drawn == {1, 2, 3, 4}
 
