@@ -209,7 +209,7 @@ class LanguageModel:
 
     @contextmanager
     def changing(self, replace: Replace, before: BeforeForward) -> Iterator[None]:
-        """Within the block this thread's calls of `model(...)` and `model.generate(...)` run with `replace` at the site.
+        """Within the block this thread's `model(...)` and `model.generate(...)` run with `replace` at the site.
 
         `before` hears of each forward pass, before it runs, the arguments that the decoder is given, by name. Methods
         of this class wait in other threads; a direct call of `model` there runs unchanged.

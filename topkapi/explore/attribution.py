@@ -25,6 +25,8 @@ from topkapi.evaluate.downstream import LOGIT_ELEMENTS
 from topkapi.explore.spliced import Code, Spliced
 from topkapi.ops import matmul_at_sparse_indices
 
+Numbers = Sequence[float] | Float[np.ndarray, " n"]
+
 FEWEST_PAIRS = 4  # of which a rank correlation can have an interval
 
 
@@ -58,7 +60,12 @@ def metric(logits: Float[Tensor, "b vocab"], positive: Sequence[int], negative: 
 
 
 def attribute(
-    spliced: Spliced, tokens: Int[Tensor, "1 c"], positive: Sequence[int], negative: Sequence[int], steps: int = 0
+    spliced: Spliced,
+    tokens: Int[Tensor, "1 c"],
+    positive: Sequence[int],
+    negative: Sequence[int],
+    steps: int = 0,
+    on_step: Callable[[int], object] = lambda _: None,
 ) -> Attribution:
     """The contribution of every latent that is active in a prompt to the difference of two sets of logits.
 
@@ -66,20 +73,21 @@ def attribute(
 
     With steps > 0 g is the mean of the gradients at `steps` points between the activations without any latent's part
     and those as they are (midpoint rule, whose error falls with the square of steps): then `total` sums to M less M
-    without any latent. Cost: a pass up to the site, and a pass forward and back, or `steps` of them.
+    without any latent. Cost: a pass up to the site, and 1 + `steps` passes forward and back; `on_step` hears of them.
 
     Raises:
         TopkapiError: a set is empty or has a token that the other has, a token is none, or steps < 0.
 
     Source: Gao et al. 2024, appendix E.2; Sundararajan et al. 2017.
     """
-    _check_sets(positive, negative)
+    _check_sets(spliced, positive, negative)
     if steps < 0:
         raise TopkapiError(f"steps must be 0, for the gradient as it is, or more; got {steps}.")
     code = spliced.code(tokens)
     value, gradient = spliced.lm.gradient(tokens, lambda logits: metric(logits, positive, negative))
+    on_step(1)
     if steps:
-        gradient = _mean_gradient(spliced, tokens, code, positive, negative, steps)
+        gradient = _mean_gradient(spliced, tokens, code, positive, negative, steps, on_step)
     values = torch.where(code.kept[..., None], code.values, 0)[0].double()
     rows, indices = spliced.ae.W_dec.detach(), code.indices[0]
     g = gradient[0].to(rows)
@@ -102,7 +110,13 @@ def _by_latent(
 
 
 def _mean_gradient(
-    spliced: Spliced, tokens: Tensor, code: Code, positive: Sequence[int], negative: Sequence[int], steps: int
+    spliced: Spliced,
+    tokens: Int[Tensor, "1 c"],
+    code: Code,
+    positive: Sequence[int],
+    negative: Sequence[int],
+    steps: int,
+    on_step: Callable[[int], object],
 ) -> Float[Tensor, "1 c d_model"]:
     """The mean of dM / d raw at `steps` points from no latents to all."""
     whole = latents_part(spliced, code)
@@ -116,6 +130,7 @@ def _mean_gradient(
             tokens.expand(len(some), -1), lambda logits: metric(logits, positive, negative), replace
         )
         total = total + gradient.double().sum(0, keepdim=True)
+        on_step(len(some))
     return total / steps
 
 
@@ -127,10 +142,9 @@ def latents_part(spliced: Spliced, code: Code) -> Float[Tensor, "1 c d_model"]:
     return torch.where(code.kept[..., None], code.norm[..., None] * part.unflatten(0, code.norm.shape), 0)
 
 
-def passes_at_once(spliced: Spliced, tokens: Int[Tensor, "1 c"]) -> int:
-    """How many copies of a prompt go through the language model together, so that their logits fit."""
-    vocabulary = spliced.lm.model.config.get_text_config().vocab_size
-    return max(1, min(spliced.lm.batch_contexts, LOGIT_ELEMENTS // (tokens.shape[1] * vocabulary)))
+def passes_at_once(spliced: Spliced, tokens: Int[Tensor, "b c"]) -> int:
+    """How many contexts of this length go through the language model together, so that their logits fit."""
+    return max(1, min(spliced.lm.batch_contexts, LOGIT_ELEMENTS // (tokens.shape[1] * _vocabulary(spliced))))
 
 
 def measure(
@@ -152,7 +166,7 @@ def measure(
     Raises:
         TopkapiError: no such latent, sets as in `attribute`, or the language model does not compute in float32.
     """
-    _check_sets(positive, negative)
+    _check_sets(spliced, positive, negative)
     for latent in latents:
         spliced.check_latent(latent)
     require_precise(spliced)
@@ -194,7 +208,7 @@ def require_precise(spliced: Spliced) -> None:
         )
 
 
-def rank_correlation(predicted: Sequence[float], measured: Sequence[float]) -> RankCorrelation | None:
+def rank_correlation(predicted: Numbers, measured: Numbers) -> RankCorrelation | None:
     """Spearman's rank correlation and its interval; None for fewer than 4 pairs, or where one side is constant.
 
         tanh(atanh(r) -+ 1.96 sqrt((1 + r^2 / 2) / (n - 3)))
@@ -217,8 +231,16 @@ def rank_correlation(predicted: Sequence[float], measured: Sequence[float]) -> R
     return RankCorrelation(value, min(low, value), max(high, value), n)
 
 
-def _check_sets(positive: Sequence[int], negative: Sequence[int]) -> None:
+def _vocabulary(spliced: Spliced) -> int:
+    return spliced.lm.model.config.get_text_config().vocab_size
+
+
+def _check_sets(spliced: Spliced, positive: Sequence[int], negative: Sequence[int]) -> None:
     if not positive or not negative:
         raise TopkapiError("a difference of logits needs a positive and a negative token at least.")
     if both := set(positive) & set(negative):
         raise TopkapiError(f"tokens {sorted(both)} are both positive and negative: leave them out of one.")
+    vocabulary = _vocabulary(spliced)
+    for token in (*positive, *negative):
+        if not 0 <= token < vocabulary:
+            raise TopkapiError(f"no token {token}: the language model has tokens 0 to {vocabulary - 1}.")

@@ -1,7 +1,8 @@
 """Changes of latents: what a latent's value becomes, and at which tokens."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,16 @@ from topkapi.errors import TopkapiError
 
 Kind = Literal["clamp", "bound", "scale", "add", "ablate"]
 Where = Literal["all", "active"] | tuple[int, ...]
+
+NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
+SHAPES = {  # of what follows the latent, for each kind: words for it, and a pattern
+    "clamp": ("=VALUE", rf"=({NUMBER}x?)"),
+    "bound": ("=LOW:HIGH", rf"=({NUMBER}x?):({NUMBER}x?)"),
+    "scale": ("=FACTOR", rf"=({NUMBER})"),
+    "add": ("=VALUE", rf"=({NUMBER}x?)"),
+    "ablate": ("", ""),
+}
+EXAMPLES = {"clamp": "17=5x or 17=-0.8", "bound": "17=0:1x", "scale": "17=2", "add": "17=0.5x", "ablate": "17"}
 
 
 @dataclass(frozen=True)
@@ -93,3 +104,30 @@ def changes(
         here = edit.selects(z[..., i], position, kept)
         edited[i] = torch.where(here, edit.of(edited[i]), edited[i])
     return torch.stack(edited, -1) - z
+
+
+def parse_edit(kind: Kind, text: str, where: Where, maximum: Callable[[int], float]) -> Edit:
+    """The edit that a person wrote as LATENT, LATENT=VALUE or LATENT=LOW:HIGH.
+
+    A value is a number, or ends in x: then it is times the latent's own maximum, which `maximum` gives.
+
+    Raises:
+        TopkapiError: it is written otherwise, or what `maximum` or `Edit` raise.
+    """
+    words, pattern = SHAPES[kind]
+    match = re.fullmatch(rf"(\d+){pattern}", text.strip(), re.IGNORECASE)
+    if match is None:
+        multiples = "" if kind in ("scale", "ablate") else "; x stands for times the latent's maximum"
+        raise TopkapiError(f"--{kind} {text!r}: write LATENT{words}, as in --{kind} {EXAMPLES[kind]}{multiples}.")
+    latent, *numbers = match.groups()
+    values = [float(number[:-1]) * maximum(int(latent)) if number[-1] in "xX" else float(number) for number in numbers]
+    return Edit(int(latent), kind, *values, where=where)
+
+
+def parse_where(text: str) -> Where:
+    """all, active, or positions written as 3,4,5. Raises TopkapiError if it is written otherwise."""
+    if text in ("all", "active"):
+        return text
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise TopkapiError(f"--where {text!r}: write all, active, or positions as in 3,4,5; the first token is 0.")
+    return tuple(int(position) for position in text.split(","))

@@ -42,7 +42,7 @@ def rate(n: int, of: int) -> Rate:
 
     Source: Wilson 1927.
     """
-    return Rate(n, of, *_wilson(n / of, of))
+    return Rate(n, of, *_wilson(n / of, float(of)))
 
 
 def clustered_rate(counts: Sequence[int], of: int) -> Rate:

@@ -78,7 +78,8 @@ class Spliced:
             )
         if ae.language_model and ae.language_model != lm.name:
             say(
-                f"warning: the autoencoder was trained on {ae.language_model}; whether {lm.name} is the same is not checked."
+                f"warning: the autoencoder was trained on {ae.language_model}; whether {lm.name} is the same is not "
+                "checked."
             )
         self.lm, self.ae = lm, ae
         data = (ae.training_config or {}).get("data", {})
@@ -145,7 +146,7 @@ class Spliced:
             places[:] = [self._places(call)]
 
         def replace(raw: Tensor) -> Tensor:
-            return self._edited(raw, edits, latents, places[0])
+            return raw + self._change(raw.detach(), edits, latents, places[0])
 
         with self.lm.changing(replace, before):
             self._is_editing = True
@@ -171,13 +172,14 @@ class Spliced:
             )
 
     @torch.no_grad()
-    def _edited(self, raw: Tensor, edits: Sequence[Edit], latents: Int[Tensor, " m"], places: _Places) -> Tensor:
+    def _change(self, raw: Tensor, edits: Sequence[Edit], latents: Int[Tensor, " m"], places: _Places) -> Tensor:
+        """norm (z' - z) W_dec of the edited latents, on the language model's device."""
         device, shape = self.ae.W_dec.device, raw.shape[:2]
         position, kept = places.position.to(device), places.kept.to(device)
         _, norm, values, indices = self._encode(raw)
         z = values_of(values, indices, latents).unflatten(0, shape)
         change = changes(edits, latents, z, position, kept)
-        return raw + (norm.view(*shape, 1) * (change @ self.ae.W_dec[latents])).to(raw.device)
+        return (norm.view(*shape, 1) * (change @ self.ae.W_dec[latents])).to(raw.device)
 
     def _encode(self, raw: Float[Tensor, "b c d_model"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Normalised rows (b c, d_model), their norms (b c, 1), values and indices (b c, k) of their latents."""

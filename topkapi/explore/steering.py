@@ -17,7 +17,7 @@ from jaxtyping import Float64, Int, Int64
 from torch import Tensor
 
 from topkapi.errors import TopkapiError
-from topkapi.evaluate.downstream import LOGIT_ELEMENTS
+from topkapi.explore.attribution import passes_at_once
 from topkapi.explore.edits import Edit
 from topkapi.explore.prompts import continuation
 from topkapi.explore.proportions import Difference, Rate, clustered_rate, difference, rate
@@ -87,7 +87,7 @@ def sample(
     """
     _check_sampling(spliced, prompt, n_samples, n_tokens, temperature)
     spliced.check(edits)
-    seeds = [[seed, i] for i in range(n_samples)]
+    seeds = [[seed, 0, i] for i in range(n_samples)]
     clean, clean_lengths = write(spliced, prompt, (), seeds, n_tokens, temperature, on_token)
     steered, steered_lengths = write(spliced, prompt, edits, seeds, n_tokens, temperature, on_token)
     kl = _kl(spliced, prompt, edits, steered)
@@ -165,10 +165,8 @@ def _kl(
     """KL(steered || clean) at each steered token, from whole passes over the steered texts."""
     written = torch.from_numpy(steered)
     tokens = torch.cat([prompt.expand(len(written), -1), written], 1)[:, :-1]
-    vocabulary = spliced.lm.model.config.get_text_config().vocab_size
-    size = max(1, min(spliced.lm.batch_contexts, LOGIT_ELEMENTS // (tokens.shape[1] * vocabulary)))
     found = []
-    for some in tokens.split(size):
+    for some in tokens.split(passes_at_once(spliced, tokens)):
         first = prompt.shape[1] - 1
         changed, clean = spliced.logits(some, edits)[:, first:], spliced.logits(some)[:, first:]
         for row, other in zip(changed, clean, strict=True):  # one context at a time: log-softmaxes in float64
@@ -205,14 +203,14 @@ def experiment(
     for of in (edits, *controls):
         spliced.check(of)
 
-    def count(of: Sequence[Edit], stream: list[int]) -> Rate:
-        seeds = [[seed, *stream, i] for i in range(n_samples)]
+    def count(of: Sequence[Edit], stream: int) -> Rate:
+        seeds = [[seed, stream, i] for i in range(n_samples)]  # all of one length: numpy's seeds may end in any zeros
         tokens, lengths = write(spliced, prompt, of, seeds, n_tokens, temperature, on_token)
         texts = [continuation(spliced.lm, row[:n]) for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
         return rate(sum(pattern.search(text) is not None for text in texts), n_samples)
 
-    clean, steered = count((), []), count(edits, [])
-    each = [count(of, [1 + i]) for i, of in enumerate(controls)]
+    clean, steered = count((), 0), count(edits, 0)
+    each = [count(of, 1 + i) for i, of in enumerate(controls)]
     together = clustered_rate([one.n for one in each], n_samples)
     return Experiment(
         clean=clean,

@@ -7,32 +7,53 @@ Intervals are 95 %. Both take tokens as independent of each other, which tokens 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
 from scipy import stats
 
+from topkapi.data.language_model import LanguageModel
 from topkapi.statistics.intervals import CONFIDENCE
 from topkapi.study import Study
 from topkapi.study.latent import Latent
 from topkapi.viewer.modes import dip, find_modes
+from topkapi.viewer.texts import Texts
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 BINS = 50
-BESIDE = 10  # latents of each kind of neighbour
+BESIDE = 10  # latents of each kind of neighbour, and tokens voted for and against
+VOTES_CAVEAT = (
+    "What the decoder row would add to the logits if it went straight to the unembedding. Layers after the site and "
+    "the final norm are passed over: the earlier the site, the less this says. An ablation measures."
+)
 FEWEST_FOR_INTERVAL = 10  # firings behind an interval of importance
 Z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
 
 
-def describe(study: Study, i: int) -> dict[str, Any]:
-    """Everything that the study and the autoencoder say of latent i but its examples. Raises TopkapiError: no such."""
-    latent = study.latent(i)
-    values = latent.values.astype(np.float64)
+def describe(study: Study, some: Sequence[int]) -> list[dict[str, Any]]:
+    """Everything that the study and the autoencoder say of some latents but their examples.
+
+    One pass over the autoencoder finds the neighbours of all. Raises TopkapiError where there is no such latent.
+    """
+    each = [study.latent(i) for i in some]
+    nearest = {by: study.nearest_of(some, BESIDE, by) for by in ("decoder", "encoder")}
+    return [
+        _numbers(latent)
+        | {"nearest": {by: [one._asdict() for one in found[at]] for by, found in nearest.items()}}
+        | {"coactive": _coactive(study, latent), "alignment": alignment(study, latent.i)}
+        for at, latent in enumerate(each)
+    ]
+
+
+def _numbers(latent: Latent) -> dict[str, Any]:
+    """What the study says of a latent's firings."""
+    study, values = latent.study, latent.values.astype(np.float64)
     quantiles, histogram = latent.quantiles(QUANTILES), latent.histogram(BINS)
     tested = dip(latent.values)
     return {
-        "i": i,
+        "i": latent.i,
         "n_fired": latent.n_fired,
         "n_tokens": study.n_tokens,
         "density": latent.density,
@@ -49,10 +70,24 @@ def describe(study: Study, i: int) -> dict[str, Any]:
         "modes": [vars(mode) for mode in find_modes(latent.values)],
         "dip": None if tested is None else tested._asdict(),
         "positions": {"fired": latent.positions(), "encoded": study.context_positions},
-        "nearest": {by: _nearest(study, i, by) for by in ("decoder", "encoder")},
-        "coactive": _coactive(study, latent),
-        "alignment": alignment(study, i),
     }
+
+
+def votes(study: Study, some: Sequence[int], lm: LanguageModel, texts: Texts) -> list[dict[str, Any]]:
+    """The tokens that some latents vote for and against; z is a logit over the standard deviation of the latent's
+    logits over the vocabulary."""
+    found = []
+    for of in study.votes_of(some, lm, BESIDE):
+        sides = {
+            side: [
+                vote._asdict()
+                | {"text": texts.alone(vote.token), "z": vote.logit / of.deviation if of.deviation else 0.0}
+                for vote in each
+            ]
+            for side, each in (("up", of.up), ("down", of.down))
+        }
+        found.append({**sides, "caveat": VOTES_CAVEAT})
+    return found
 
 
 def density_interval(n_fired: int, n_tokens: int) -> list[float]:
@@ -87,10 +122,6 @@ def alignment(study: Study, i: int) -> float:
     encoder, decoder = ae.W_enc[i].detach().double(), ae.W_dec[i].detach().double()
     length = float(encoder.norm() * decoder.norm())
     return float(encoder @ decoder) / length if length else 0.0
-
-
-def _nearest(study: Study, i: int, by: str) -> list[dict[str, Any]]:
-    return [one._asdict() for one in study.nearest(i, BESIDE, by)]
 
 
 def _coactive(study: Study, latent: Latent) -> list[dict[str, Any]] | None:

@@ -5,6 +5,7 @@ Both look at MOST_FIRINGS firings at most, evenly spaced in the order of the tex
 
 from dataclasses import dataclass
 from itertools import pairwise
+from threading import Event
 from typing import NamedTuple
 
 import numpy as np
@@ -65,6 +66,13 @@ def dip(values: Float32[np.ndarray, " firings"]) -> Dip | None:
     n = int(SIZES[np.searchsorted(SIZES, len(values), side="right") - 1])
     found = dip_test(_evenly(values, n), N_SIMULATED)
     return Dip(found.dip, found.p_value, n)
+
+
+def warm_up(stop: Event) -> None:
+    """Simulate what `dip` compares with for every number of firings that it may meet: seconds, which it then lacks."""
+    for n in SIZES.tolist():
+        if not stop.is_set():
+            dip(np.linspace(0.0, 1.0, n, dtype=np.float32))
 
 
 def _evenly(values: Float32[np.ndarray, " firings"], most: int) -> Float[np.ndarray, " some"]:

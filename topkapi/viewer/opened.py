@@ -25,15 +25,11 @@ from topkapi.viewer import latents, overview, runs
 from topkapi.viewer.experiments import Experiments
 from topkapi.viewer.index import Index
 from topkapi.viewer.labels import Labels
+from topkapi.viewer.modes import warm_up
 from topkapi.viewer.texts import Texts
 from topkapi.viewer.worker import Worker
 
 KEPT = 256  # latents whose numbers are kept, and tokens they vote for
-N_VOTES = 10
-VOTES_CAVEAT = (
-    "What the decoder row would add to the logits if it went straight to the unembedding. Layers after the site and "
-    "the final norm are passed over: the earlier the site, the less this says. An ablation measures."
-)
 STOP_SECONDS = 2.0  # that the language model has to end what it does
 
 
@@ -64,6 +60,7 @@ class Opened:
         self._autoencoder = self._loading.submit(lambda: self.study.autoencoder)
         self._texts = self._loading.submit(lambda: Texts(load_tokenizer(self.config.language_model.name)))
         self._index = self._loading.submit(self.index.build, lambda: self.texts, self._stopping)
+        self._index.add_done_callback(lambda _: warm_up(self._stopping))
         self.worker.start()
 
     def close(self) -> None:
@@ -137,24 +134,11 @@ class Opened:
 
     def _describe(self, i: int) -> dict[str, Any]:
         self._autoencoder.result()
-        return latents.describe(self.study, i)
+        return latents.describe(self.study, [i])[0]
 
     def _votes(self, i: int) -> dict[str, Any]:
         """The tokens that latent i votes for and against; `worker.spliced` must be there."""
-        found = self.study.votes(i, self.worker.spliced.lm, N_VOTES)
-        sides = {
-            side: [
-                {
-                    "token": vote.token,
-                    "text": self.texts.alone(vote.token),
-                    "logit": vote.logit,
-                    "z": vote.logit / found.deviation if found.deviation else 0.0,
-                }
-                for vote in votes
-            ]
-            for side, votes in (("up", found.up), ("down", found.down))
-        }
-        return {**sides, "caveat": VOTES_CAVEAT}
+        return latents.votes(self.study, [i], self.worker.spliced.lm, self.texts)[0]
 
     def _load_spliced(self) -> Spliced:
         """The autoencoder in its language model, in float32, as effects of latents are small."""

@@ -15,6 +15,7 @@ from topkapi.study import Study
 from topkapi.study.layout import PROGRESS, STUDY
 from topkapi.viewer.app import create_app
 
+BACKLOG = 128  # connections that may wait to be taken
 SHUTDOWN_SECONDS = 2  # that requests have to end when the server is stopped
 
 
@@ -57,8 +58,12 @@ def view(run: Path, folder: Path, host: str, port: int, model: bool, in_browser:
 def listening(host: str, port: int) -> socket.socket:
     """A socket that listens; port 0 is any that is free. Raises TopkapiError where it cannot."""
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=128)
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)  # asyncio sends at once only where TCP is said to be TCP
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+        return listener
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
         raise TopkapiError(f"cannot listen on {host}, port {port}: {reason}. Choose another --port, or 0.") from None

@@ -80,13 +80,20 @@ class Worker:
         self.spliced: Spliced | None = None
         self._load = load
         self._queue: Queue[Task | None] = Queue(MOST_WAITING)
-        self._working, self._stopping = Event(), Event()
+        self._loaded, self._working, self._stopping = Event(), Event(), Event()
         self._thread = Thread(target=self._run, name="model", daemon=True)
 
     def start(self) -> None:
         """Begin to load the model; without one nothing is begun."""
         if self._load:
             self._thread.start()
+
+    def wait(self) -> Spliced:
+        """The model, once it is loaded. Raises TopkapiError where it cannot be."""
+        self._loaded.wait()
+        if self.spliced is None:
+            raise TopkapiError(f"the language model cannot be used: {self.why}")
+        return self.spliced
 
     def stop(self, seconds: float) -> None:
         """End after the task that is running; wait so long for that."""
@@ -134,6 +141,8 @@ class Worker:
             self.state, self.why = "failed", str(error) or type(error).__name__
             say(f"warning: the language model cannot be used: {self.why}")
             return
+        finally:
+            self._loaded.set()
         self.state = "ready"
         while (task := self._queue.get()) is not None and not self._stopping.is_set():
             self._working.set()
