@@ -300,6 +300,10 @@ class LatentPage {
     }
     try {
       const found = await backend.votes(this.i);
+      if (!found) {
+        fill(votesHost, modelNote(backend));
+        return;
+      }
       const list = (title, entries) => h("div", {}, h("h3", {}, title), h("ol", { class: "rank" }, entries.map((vote) => h("li", {},
         h("span", { class: "what" }, tokenLabel(vote.text)), h("span", { class: "num", data: { tip: `logit ${signed(vote.logit)}, z ${signed(vote.z)}` } }, h("b", {}, signed(vote.z, 2)), " z")))));
       if (!this.closed) fill(votesHost, h("div", { class: "two" }, list("For", found.up), list("Against", found.down)), found.caveat ? h("p", { class: "caveat" }, found.caveat) : null);

@@ -42,7 +42,7 @@ export function card(title, { beside, className = "", level = "h2", info } = {},
 
 /** A small "?" that tells what a number is, on hover, focus and click. */
 export function explain(text) {
-  return h("button", { class: "explain", type: "button", "aria-label": text, data: { tip: text } }, "?");
+  return h("button", { class: "explain", type: "button", "aria-label": "What this is", "aria-description": text, data: { tip: text } }, "?");
 }
 
 /** A word that says what it means, on hover, focus and click. */

@@ -75,7 +75,7 @@ export class VirtualTable {
     const shift = this.scroller.scrollTop - above;
     const free = this.pool.filter((row) => afresh || row.at < first || row.at >= end);
     const placed = new Set(afresh ? [] : this.pool.filter((row) => row.at >= first && row.at < end).map((row) => row.at));
-    for (let at = first; at < end; at++) if (!placed.has(at)) this.place(free.pop(), at);
+    for (let at = first; at < end; at++) if (!placed.has(at)) this.place(free.shift(), at);
     for (const row of free) {
       row.at = -1;
       row.element.hidden = true;
