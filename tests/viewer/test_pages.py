@@ -100,7 +100,7 @@ def shown(value):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_page_fits_three_widths_in_light_and_dark_without_complaints(context, address, busiest, scheme):
+def test_every_page_fits_three_widths_and_can_be_read_in_light_and_dark(context, address, busiest, scheme):
     window = Window(context, address)
     window.page.emulate_media(color_scheme=scheme)
     for hash_, until in PAGES.items():
@@ -108,6 +108,7 @@ def test_every_page_fits_three_widths_in_light_and_dark_without_complaints(conte
             window.page.set_viewport_size({"width": width, "height": 800})
             window.go(hash_.replace("LATENT", str(busiest)), until)
             assert window.overflow() <= 0, (hash_, width)
+        assert window.faint() == [], hash_
     window.page.close()
     assert window.complaints == []
 
@@ -197,7 +198,10 @@ def test_keys_alone_lead_from_the_table_to_a_latent_and_on(window):
 def test_a_clicked_mode_shows_its_examples_alone(window, study, busiest):
     values = study.latent(busiest).values
     cut, end = float(sorted(values)[len(values) // 3]), float(values.max()) * 1.001
-    modes = [{"low": 0.0, "high": cut, "peak": cut / 2, "share": 0.33}, {"low": cut, "high": end, "peak": cut, "share": 0.67}]
+    modes = [
+        {"low": 0.0, "high": cut, "peak": cut / 2, "share": 0.33},
+        {"low": cut, "high": end, "peak": cut, "share": 0.67},
+    ]
 
     def with_modes(route):
         answer = route.fetch()
@@ -230,6 +234,7 @@ def test_ablating_shows_the_effects_that_were_measured(window, study, busiest):
     )
     changes = [abs(one["loss_change"]) for one in measured["positions"] if one["loss_change"] is not None]
     assert f"{shown(max(changes))} nats" in window.text(".effects-head")
+    assert window.faint() == []
 
 
 def test_a_prompt_is_read_attributed_and_continued(window):
@@ -259,6 +264,7 @@ def test_a_prompt_is_read_attributed_and_continued(window):
     window.page.wait_for_selector(".pairs .strip")
     assert window.page.locator(".pairs .strip").count() == 4
     assert "of 2" in window.text(".counts")
+    assert window.faint() == []
     state = dict(part.split("=", 1) for part in window.page.evaluate("location.hash").split("?")[1].split("&"))
     assert re.fullmatch(r"\d+%3A3%3Am%3Aall", state["edits"])
     assert (state["n"], state["new"]) == ("2", "6")

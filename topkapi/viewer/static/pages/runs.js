@@ -47,7 +47,7 @@ function draw(main, found, page) {
   const ks = [...new Set(measured.map((run) => run.k))].sort((a, b) => a - b);
   const colourOf = (k) => PALETTE[ks.indexOf(k) % PALETTE.length];
   fill(main,
-    h("div", { class: "page-head" }, h("h1", {}, "Runs"), h("span", { class: "sub" }, `${count(found.runs.length)} beside this one, itself included`)),
+    h("div", { class: "page-head" }, h("h1", {}, "Runs"), h("span", { class: "sub" }, found.runs.length === 1 ? "no other run is beside this one" : `${count(found.runs.length)} in the folder of this one`)),
     h("div", { class: "stack" },
       table(found, page),
       measured.length ? h("div", { class: "grid" },

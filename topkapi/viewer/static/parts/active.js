@@ -2,10 +2,12 @@
 
 import { fill, h, stateNote } from "./dom.js";
 import { number } from "./format.js";
+import { cellStrip } from "./cells.js";
 import { link } from "../router.js";
-import { tokenLabel } from "./tokens.js";
+import { heatOf, tokenLabel } from "./tokens.js";
 
 const FIRST = 24; // latents shown before one asks for more
+const MOST = 400;
 
 /** `token`: number of the token whose latents are listed, null for all of them. */
 export function activeList({ tokens, token, index, onPoint, steer }) {
@@ -14,7 +16,7 @@ export function activeList({ tokens, token, index, onPoint, steer }) {
   const list = h("div", { class: "latent-rows", role: "list", on: { pointerleave: () => onPoint(null) } });
   const draw = (n) => {
     const shown = rows.slice(0, n).map((row) => activeRow(row, { tokens, token, index, onPoint, steer }));
-    const more = rows.length > n && h("button", { class: "quiet", type: "button", on: { click: () => draw(rows.length) } }, `All ${rows.length}`);
+    const more = n === FIRST && rows.length > n && h("button", { class: "quiet", type: "button", on: { click: () => draw(MOST) } }, rows.length > MOST ? `The first ${MOST}` : `All ${rows.length}`);
     fill(list, shown, more);
   };
   draw(FIRST);
@@ -30,7 +32,8 @@ function ofPrompt(tokens, index) {
 
 function activeRow({ latent, value }, { tokens, token, index, onPoint, steer }) {
   const most = Math.max(index?.maximum[latent] || 0, value);
-  const cells = cellsOf(tokens.map(({ active, kept }) => (kept ? active.find(([other]) => other === latent)?.[1] ?? 0 : 0)), most, token);
+  const values = tokens.map(({ active, kept }) => (kept ? active.find(([other]) => other === latent)?.[1] ?? 0 : 0));
+  const cells = cellStrip(values.map((one) => heatOf(one, most)), { here: token });
   const share = index ? ` · ${Math.round((100 * value) / most)}\u202f% of its maximum` : "";
   return h("div", { class: "latent-row", role: "listitem", on: { pointerenter: () => onPoint(latent), focusin: () => onPoint(latent) } },
     h("a", { href: link("latent", latent) }, String(latent)), nameOf(latent, index),
@@ -44,18 +47,4 @@ export function nameOf(latent, index) {
   if (index?.label(latent)) name.append(index.label(latent));
   else if (index && index.topToken(latent) !== null) name.append(tokenLabel(index.topToken(latent)));
   return name;
-}
-
-/** A cell a token; heat by value. */
-export function cellsOf(values, most, here = null) {
-  const cells = h("span", { class: "cells", "aria-hidden": "true", style: { "max-width": `${values.length * 28}px` } });
-  values.forEach((value, i) => {
-    const cell = h("i", { class: i === here ? "here" : "" });
-    if (value > 0) {
-      cell.classList.add("heat");
-      cell.style.setProperty("--share", Math.min(1, 0.12 + (0.88 * value) / most).toFixed(3));
-    }
-    cells.append(cell);
-  });
-  return cells;
 }

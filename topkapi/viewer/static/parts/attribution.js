@@ -5,6 +5,7 @@ import { Failure } from "../data.js";
 import { interval, number, signed } from "./format.js";
 import { link } from "../router.js";
 import { nameOf } from "./active.js";
+import { cellStrip } from "./cells.js";
 import { tokenLabel, tokenText } from "./tokens.js";
 import { Work } from "./work.js";
 
@@ -88,7 +89,7 @@ function tokenField(title, placeholder, chosen, backend, onChange) {
 
 function resultView({ metric, rows, rank_correlation: correlation }, tokens, index, steer) {
   const most = Math.max(1e-9, ...rows.flatMap((row) => [Math.abs(row.attribution), Math.abs(row.measured ?? 0)]));
-  const most_at = Math.max(1e-9, ...rows.flatMap((row) => row.by_position.map(Math.abs)));
+  const mostAt = Math.max(1e-9, ...rows.flatMap((row) => row.by_position.map(Math.abs)));
   const agreement = correlation ? `Rank correlation of attribution and ablation: ${number(correlation.value)} ${interval([correlation.low, correlation.high])}, ${correlation.n} latents.` : "Too few latents are measured for a rank correlation.";
   return h("div", {},
     h("p", { class: "small summary" }, `Metric: ${signed(metric)} logits. ${agreement}`),
@@ -99,7 +100,7 @@ function resultView({ metric, rows, rank_correlation: correlation }, tokens, ind
         h("td", { class: "left name" }, row.label?.label || nameOf(row.latent, index)),
         h("td", { class: "left" }, bar(row.attribution, most)),
         h("td", { class: "left" }, row.measured === null ? h("span", { class: "dim" }, "not measured") : bar(row.measured, most)),
-        h("td", { class: "left" }, strip(row, tokens, most_at)),
+        h("td", { class: "left" }, strip(row, tokens, mostAt)),
         h("td", {}, h("button", { class: "quiet at-hover", type: "button", "aria-label": `Steer with latent ${row.latent}`, on: { click: () => steer(row.latent) } }, "Steer"))))))));
 }
 
@@ -108,14 +109,6 @@ function bar(value, most) {
 }
 
 function strip(row, tokens, most) {
-  const cells = h("span", { class: "cells", role: "img", "aria-label": "Attribution by position", style: { "max-width": `${row.by_position.length * 28}px` } });
-  row.by_position.forEach((value, i) => {
-    const cell = h("i", { data: { tip: `${tokenText(tokens[i]?.text ?? "")}: ${signed(value)}` } });
-    if (value) {
-      cell.classList.add(value > 0 ? "rise" : "fall");
-      cell.style.setProperty("--share", (Math.abs(value) / most) ** 0.6);
-    }
-    cells.append(cell);
-  });
-  return cells;
+  const paints = row.by_position.map((value) => (value ? { kind: value > 0 ? "rise" : "fall", share: (Math.abs(value) / most) ** 0.6 } : null));
+  return cellStrip(paints, { label: "Attribution by position", tip: (i) => [`${tokenText(tokens[i]?.text ?? "")}: ${signed(row.by_position[i])}`] });
 }
