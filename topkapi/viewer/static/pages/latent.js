@@ -134,7 +134,7 @@ class LatentPage {
     this.hist?.close();
     this.histHost.replaceChildren();
     this.hist = histogram(this.histHost, {
-      edges, counts, logCounts: state.counts === "log", height: 210, what: "firings", x: { title: "value" },
+      edges, counts, logCounts: state.counts === "log", height: 210, what: "firings", room: latent.modes.length > 1 ? 1.2 : undefined, x: { title: "value" },
       label: `Histogram of ${count(latent.n_fired)} firings from 0 to ${number(latent.maximum)}, with ${latent.modes.length} ${latent.modes.length === 1 ? "mode" : "modes"}. The numbers are in the table below.`,
       colour: (i, paint) => (range && (edges[i + 1] <= range[0] || edges[i] >= range[1]) ? paint.faint : paint.accent),
       overlay: (u) => this.drawModes(u),

@@ -216,10 +216,8 @@ class LatentsPage {
     this.table.showSort(name, descending);
     this.table.selected = this.state.at === "" ? -1 : items.subarray(0, length).indexOf(Number(this.state.at));
     this.table.show(items, length);
-    if (this.table.selected >= 0) {
-      this.table.reveal(this.table.selected);
-      this.preview.show(items[this.table.selected]);
-    }
+    if (this.table.selected >= 0) this.table.reveal(this.table.selected, true);
+    if (length) this.preview.show(items[Math.max(0, this.table.selected)]);
     this.chart.redraw();
     this.info.textContent = length === items.length ? `${count(length)} latents` : `${count(length)} of ${count(items.length)} latents`;
     announce(this.info.textContent);

@@ -104,7 +104,7 @@ function scatter(host, runs, here, name, text, colour, lines = []) {
       for (const line of lines) pen.line(line.xs, line.ys, pen.paint[line.colour], { width: 1.5, dash: [5, 4] });
       for (const { run, x, y } of points) pen.dot(x, y, pen.paint[colour(run)], run.name === here ? 7 : 5, pen.paint.surface);
       const own = points.find(({ run }) => run.name === here);
-      if (own) pen.text("this run", own.x, own.y, pen.paint.ink);
+      if (own) pen.text("this run", own.x, own.y, pen.paint.ink, -10);
     },
     hover: (left, top, pen) => {
       const near = points.map((point) => [Math.hypot(pen.u.valToPos(point.x, "x") - left, pen.u.valToPos(point.y, "y") - top), point]).sort((a, b) => a[0] - b[0])[0];

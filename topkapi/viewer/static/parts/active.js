@@ -6,7 +6,7 @@ import { cellStrip } from "./cells.js";
 import { link } from "../router.js";
 import { heatOf, tokenLabel } from "./tokens.js";
 
-const FIRST = 24; // latents shown before one asks for more
+const FIRST = 16; // latents shown before one asks for more
 const MOST = 400;
 
 /** `token`: number of the token whose latents are listed, null for all of them. */

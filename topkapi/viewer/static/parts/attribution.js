@@ -92,7 +92,7 @@ function resultView({ metric, rows, rank_correlation: correlation }, tokens, ind
   const mostAt = Math.max(1e-9, ...rows.flatMap((row) => row.by_position.map(Math.abs)));
   const agreement = correlation ? `Rank correlation of attribution and ablation: ${number(correlation.value)} ${interval([correlation.low, correlation.high])}, ${correlation.n} latents.` : "Too few latents are measured for a rank correlation.";
   return h("div", {},
-    h("p", { class: "small summary" }, `Metric: ${signed(metric)} logits. ${agreement}`),
+    h("p", { class: "small summary" }, `Metric: ${signed(metric)} logits. ${agreement} Red speaks for, blue against.`),
     h("div", { class: "table-scroll", tabIndex: 0, role: "region", "aria-label": "Attributed latents" }, h("table", {},
       h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Latent"), h("th", { scope: "col", class: "left" }, "Label"), h("th", { scope: "col", class: "left" }, "Attribution"), h("th", { scope: "col", class: "left" }, "Measured"), h("th", { scope: "col", class: "left" }, "By position"), h("th", { scope: "col" }, h("span", { class: "unseen" }, "Steer")))),
       h("tbody", {}, rows.map((row) => h("tr", {},

@@ -218,21 +218,20 @@ export class Pen {
     ctx.stroke();
   }
 
-  text(text, x, y, colour, align = "left") {
+  text(text, x, y, colour, lift = 0) {
     const { ctx } = this;
     ctx.font = `${11 * this.ratio}px Inter, sans-serif`;
     ctx.fillStyle = colour;
-    ctx.textAlign = align;
-    ctx.fillText(text, this.x(x) + (align === "left" ? 8 : align === "right" ? -8 : 0) * this.ratio, this.y(y) + 4 * this.ratio);
+    ctx.fillText(text, this.x(x) + 8 * this.ratio, this.y(y) + (4 + lift) * this.ratio);
   }
 }
 
 /** Bars of a histogram with counts on a linear or logarithmic axis, a note on hover, and whatever `over` draws. */
-export function histogram(host, { edges, counts, logCounts = false, x, height, label, what, colour, over, overlay, most = Math.max(1, ...counts), curves = [], describe }) {
+export function histogram(host, { edges, counts, logCounts = false, x, height, label, what, colour, over, overlay, most = Math.max(1, ...counts), curves = [], room = 1.06, describe }) {
   const values = logCounts ? counts.map((n) => (n > 0 ? Math.log10(n) : NaN)) : counts;
   const y = logCounts
-    ? { range: [Math.log10(0.5), Math.log10(most * 1.6)], log: true, title: what, format: (power) => (power < 5 ? String(Math.round(10 ** power)) : powerOfTen(power)) }
-    : { range: [0, Math.max(most, ...curves.flat()) * 1.06], title: what, format: (n) => (n >= 1e4 ? `${number(n / 1e3)}k` : Number.isInteger(n) ? String(n) : tick(n)) };
+    ? { range: [Math.log10(0.5), Math.log10(most) + (room > 1.1 ? 0.8 : 0.2)], log: true, title: what, format: (power) => (power < 5 ? String(Math.round(10 ** power)) : powerOfTen(power)) }
+    : { range: [0, Math.max(most, ...curves.flat()) * room], title: what, format: (n) => (n >= 1e4 ? `${number(n / 1e3)}k` : Number.isInteger(n) ? String(n) : tick(n)) };
   const write = x.log ? (value) => number(10 ** value) : (value) => number(value);
   return new Chart(host, {
     height, label, overlay, x: { range: [edges[0], edges.at(-1)], ...x }, y,

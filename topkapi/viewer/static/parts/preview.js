@@ -18,7 +18,7 @@ export class Preview {
   }
 
   show(i) {
-    if (i === this.shown) return;
+    if (i === this.shown || !this.element.offsetParent) return; // it is hidden in narrow windows
     this.shown = i;
     clearTimeout(this.due);
     this.due = setTimeout(() => this.load(i), WAIT);

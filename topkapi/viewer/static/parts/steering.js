@@ -84,7 +84,7 @@ function editRow(edit, nLatents, index, keep, remove) {
   const latent = h("input", { type: "number", min: 0, max: nLatents - 1, step: 1, value: edit.latent });
   const slider = h("input", { type: "range", min: -REACH, max: REACH, step: 0.05 });
   const value = h("input", { type: "number", step: "any", value: edit.value });
-  const unit = h("select", {}, h("option", { value: "maximum" }, "× its maximum"), h("option", { value: "absolute" }, "absolute"));
+  const unit = h("select", {}, h("option", { value: "maximum" }, "× maximum"), h("option", { value: "absolute" }, "absolute"));
   const where = h("select", {}, h("option", { value: "all" }, "at all tokens"), h("option", { value: "active" }, "where it is active"));
   unit.value = edit.unit;
   where.value = edit.where;

@@ -111,11 +111,13 @@ export class VirtualTable {
     if (this.length) this.select(Math.max(0, Math.min(this.length - 1, this.selected + by)));
   }
 
-  reveal(at) {
+  /** Scrolls as little as needed, or so that the row is in the middle. */
+  reveal(at, middle = false) {
     const top = at * this.rowHeight;
     const above = this.above;
     let wanted = above;
-    if (top < above) wanted = top;
+    if (middle) wanted = Math.max(0, Math.min(this.total - this.viewHeight, top - this.viewHeight / 2));
+    else if (top < above) wanted = top;
     else if (top + this.rowHeight > above + this.viewHeight) wanted = top + this.rowHeight - this.viewHeight;
     if (wanted === above) return;
     const all = this.total - this.viewHeight;
