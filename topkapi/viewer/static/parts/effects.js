@@ -33,7 +33,7 @@ export function effectsView(found, latent) {
   const head = h("div", { class: "effects-head" },
     h("span", {}, h("b", {}, `Without latent ${latent}`), " at the marked token, the loss of later tokens changes by up to ", h("b", {}, `${number(most)} nats`)),
     scaleOf(most), found.sparsity !== null && found.sparsity !== undefined
-      ? h("span", { data: { tip: "(L1 / L2)² of the changes of logits: how many of them there are, so to speak." } }, `effects on ${number(found.sparsity)} logits`) : null);
+      ? h("span", { data: { tip: "The share of logits that it changes, so to speak: (L1 / L2)² of the changes, over their number, of the next 16 tokens. 64 % where changes are Gaussian noise." } }, `spread over ${percent(found.sparsity)} of logits`) : null);
   const view = h("div", { class: "effects" }, head, strip, detail);
   choose(at + 1 + worst);
   return view;
@@ -54,7 +54,7 @@ function drawDetail(detail, text, effect) {
   const votes = (title, entries) => h("div", {}, h("div", { class: "list-title" }, title),
     h("ol", { class: "rank" }, entries.slice(0, 5).map((vote) => h("li", {},
       h("span", { class: "what" }, tokenLabel(vote.text)),
-      h("span", { class: "num" }, h("b", {}, signed(vote.logit)), ` ${signedPercent(vote.probability)}`)))));
+      h("span", { class: "num" }, h("b", {}, signed(vote.logit)), signedPercent(vote.probability))))));
   fill(detail,
     h("div", {}, h("div", { class: "list-title" }, "Predicting"), h("p", {}, text === null ? "what follows the context" : tokenLabel(text)),
       h("p", {}, h("b", {}, signed(effect.loss_change)), h("span", { class: "dim" }, " nats of loss")),
@@ -62,8 +62,7 @@ function drawDetail(detail, text, effect) {
     votes("Likelier without it (logit, probability)", effect.up), votes("Less likely without it", effect.down));
 }
 
-/** A change of a probability; changes that nobody would notice are said to be small. */
+/** A change of a probability, nothing where nobody would notice it. */
 function signedPercent(share) {
-  const sign = share > 0 ? "+" : "−";
-  return Math.abs(share) < 1e-4 ? `${sign}<0.01\u202f%` : sign + percent(Math.abs(share), 2);
+  return Math.abs(share) < 1e-4 ? "" : ` ${share > 0 ? "+" : "−"}${percent(Math.abs(share), 2)}`;
 }

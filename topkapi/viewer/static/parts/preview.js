@@ -6,7 +6,7 @@ import { heatOf, tokenLabel, tokenStrip, tokenText } from "./tokens.js";
 import { link } from "../router.js";
 
 const WAIT = 140; // milliseconds at one latent before its examples are asked for
-const EXAMPLES = 4;
+const EXAMPLES = 5;
 const AROUND = [9, 6]; // tokens shown before and after
 
 export class Preview {

@@ -21,7 +21,7 @@ export class Work {
     const stop = h("button", { type: "button", class: "quiet", on: { click: () => this.cancel() } }, "Cancel");
     const show = setTimeout(() => fill(this.host, h("div", { class: "work" }, said, bar, stop)), PATIENCE);
     const progress = ({ done, total, what: step }) => {
-      said.textContent = step && step !== what ? `${what} · ${step}` : what;
+      said.textContent = step && step !== what.toLowerCase() ? `${what} · ${step}` : what;
       if (total > 0) Object.assign(bar, { max: total, value: done });
       else bar.removeAttribute("value");
     };
