@@ -33,7 +33,7 @@ class PromptPage {
 
   draw() {
     const most = this.backend.about.limits?.prompt_tokens;
-    this.text = h("textarea", { id: "prompt", rows: 3, spellcheck: false, value: this.state.text ?? "", placeholder: "Write something for the model to read",
+    this.text = h("textarea", { id: "prompt", rows: 2, spellcheck: false, value: this.state.text ?? "", placeholder: "Write something for the model to read",
       on: { keydown: (event) => (event.ctrlKey || event.metaKey) && event.key === "Enter" && this.run() } });
     this.button = h("button", { type: "button", class: "main", on: { click: () => this.run() } }, "Run");
     this.status = h("div", { class: "work-host" });
