@@ -16,7 +16,7 @@ ROOMS_OF_LAYER = {
     0: ["config", "errors", "ops", "files", "console", "parallel", "geometric_median", "published"],
     1: ["model", "loss", "exchange", "gradients", "statistics"],
     2: ["auxk", "step", "optim", "checkpoint", "formats", "data", "dead", "metrics"],
-    3: ["train", "evaluate", "figures", "study", "scaling"],
+    3: ["train", "evaluate", "explore", "figures", "study", "scaling"],
     4: ["cli", "recipes", "viewer", "demo", "bench", "sweep", "__main__", "__init__"],
 }
 LAYER = {room: layer for layer, rooms in ROOMS_OF_LAYER.items() for room in rooms}
@@ -30,7 +30,9 @@ SIDEWAYS = {
     "train": {"evaluate"},
     "scaling": {"figures"},
     "study": {"evaluate"},
+    "explore": {"evaluate", "study", "train"},
     "cli": {"bench", "demo", "recipes", "sweep", "viewer"},
+    "viewer": {"sweep"},
     "__main__": {"cli"},
 }
 

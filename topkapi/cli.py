@@ -123,6 +123,124 @@ class StudyOptions:
 
 
 @dataclass(kw_only=True)
+class FindOptions:
+    """Find the latents that made the language model prefer one next token over another, and measure what each does."""
+
+    prompt: str
+    """Text whose continuation is in question."""
+
+    positive: tuple[str, ...]
+    """Next tokens to explain, each of them one token, its space included: " he"."""
+
+    negative: tuple[str, ...]
+    """Next tokens that they are compared with."""
+
+    top: int = 20
+    """Latents shown."""
+
+    verify: int = 10
+    """Of these, latents that are ablated to measure what was estimated."""
+
+    steps: int = 0
+    """Steps of integrated gradients; 0: the gradient of the prompt as it is, activation times gradient."""
+
+    study: str = ""
+    """Folder of a study, for the contexts in which latents fire; RUN/study if there is one."""
+
+    json: str = ""
+    """File that receives all of it."""
+
+
+@dataclass(kw_only=True)
+class SteerOptions:
+    """Write text with latents changed, beside what the same random numbers give without; or count a pattern in it.
+
+    Values may be multiples of the latent's maximum in the study: 5x, -2x."""
+
+    prompt: str
+    """Text to be continued."""
+
+    clamp: tuple[str, ...] = ()
+    """LATENT=VALUE: hold a latent at a value, which may be negative."""
+
+    ablate: tuple[str, ...] = ()
+    """LATENT: hold it at 0."""
+
+    scale: tuple[str, ...] = ()
+    """LATENT=FACTOR: multiply its value."""
+
+    add: tuple[str, ...] = ()
+    """LATENT=VALUE: add to its value."""
+
+    bound: tuple[str, ...] = ()
+    """LATENT=LOW:HIGH: keep its value between two."""
+
+    where: str = "all"
+    """all tokens, active (where the latent fires by itself), or positions such as 3,4,5, from 0, the first token."""
+
+    samples: int = 4
+    """Continuations of each kind."""
+
+    tokens: int = 40
+    """Tokens of a continuation."""
+
+    temperature: float = 1.0
+    """Above 0; smaller is more predictable."""
+
+    seed: int = 0
+    """Of the random numbers, which steered and other text share."""
+
+    count: str = ""
+    """Regular expression: count the continuations in which it occurs, with an interval, and show none."""
+
+    words: str = ""
+    """File of words, one a line: count the continuations in which any of them occurs."""
+
+    controls: int = 10
+    """With --count or --words: other latents, as active, that are edited in the same way for comparison."""
+
+    study: str = ""
+    """Folder of a study; RUN/study if there is one."""
+
+    json: str = ""
+    """File that receives all of it."""
+
+
+@dataclass(kw_only=True)
+class ViewOptions:
+    """Look at a run in a browser: its latents, what they fire on and what they do."""
+
+    study: Path
+    """Folder of the study that is shown."""
+
+    host: str = "127.0.0.1"
+    """Address or name to listen on. Whoever reaches it may look, label and compute: there are no passwords."""
+
+    port: int = 8000
+    """Port to listen on; 0: any that is free."""
+
+    model: bool = True
+    """Load the language model, for prompts, ablations and steering."""
+
+    open: bool = False
+    """Open a browser."""
+
+
+@dataclass(kw_only=True)
+class ExportOptions:
+    """Write the page of a run as files, with all that needs no language model at hand, into the folder OUT."""
+
+    study: Path
+    """Folder of the study that is shown."""
+
+    examples: int = 5
+    """Examples of each kind for each latent."""
+
+    votes: bool = True
+    """Write the tokens that latents vote for, which takes the language model to be loaded."""
+
+
+@dataclass(kw_only=True)
 class PlanOptions:
     """Plan training on many GPUs: the fastest mesh, its memory and its step's time by part, from a model of both.
 
@@ -257,16 +375,93 @@ def study_command(arguments: Sequence[str]) -> None:
     from topkapi.study import write_study
     from topkapi.train import load_run, open_text
 
-    if not arguments or {"-h", "--help"} & set(arguments):
-        _parse(StudyOptions, "topkapi study RUN", ["--help"])
-    run, *options = arguments
-    folder = ["--out", str(Path(run) / "study")] if not any(text.split("=")[0] == "--out" for text in options) else []
-    command = _parse(StudyOptions, f"topkapi study {run}", [*options, *folder])
-    ae, config = load_run(Path(run))
+    run, command = _run_and_options("study", arguments, StudyOptions, "out")
+    ae, config = load_run(run)
     text = open_text(config)
     token_file = getattr(text.splits, command.config.split)
-    write_study(Path(run), ae, text.language_model, token_file, config.data, command.config, command.out)
+    write_study(run, ae, text.language_model, token_file, config.data, command.config, command.out)
     say(f"study: {command.out}. Read it: topkapi.study.open({str(command.out)!r})")
+
+
+def find_command(arguments: Sequence[str]) -> None:
+    """topkapi find RUN --prompt TEXT --positive " he" --negative " she": the latents behind a prediction."""
+    from topkapi.explore.finding import find_in_run
+
+    run, options = _run_and_options("find", arguments, FindOptions)
+    find_in_run(
+        run,
+        options.prompt,
+        options.positive,
+        options.negative,
+        top=options.top,
+        verify=options.verify,
+        steps=options.steps,
+        study_folder=options.study,
+        json_file=options.json,
+    )
+
+
+def steer_command(arguments: Sequence[str]) -> None:
+    """topkapi steer RUN --prompt TEXT --clamp LATENT=5x [--count REGEX]: text with latents changed, beside without."""
+    from topkapi.explore.writing import Sampling, pattern_of, steer_run
+
+    run, options = _run_and_options("steer", arguments, SteerOptions)
+    kinds = ("clamp", "bound", "scale", "add", "ablate")
+    steer_run(
+        run,
+        options.prompt,
+        {kind: getattr(options, kind) for kind in kinds},
+        options.where,
+        Sampling(
+            n_samples=options.samples, n_tokens=options.tokens, temperature=options.temperature, seed=options.seed
+        ),
+        pattern=pattern_of(options.count, options.words),
+        n_controls=options.controls,
+        study_folder=options.study,
+        json_file=options.json,
+    )
+
+
+def view_command(arguments: Sequence[str]) -> None:
+    """topkapi view RUN [--study FOLDER] [--port 8000]: look at a run's latents in a browser."""
+    try:
+        from topkapi.viewer.serve import view
+    except ModuleNotFoundError as error:
+        raise TopkapiError(f"the viewer needs more packages ({error}): pip install 'topkapi[viewer]'.") from None
+
+    run, command = _run_and_options("view", arguments, ViewOptions, "study")
+    view(run, command.study, command.host, command.port, command.model, command.open)
+
+
+def export_command(arguments: Sequence[str]) -> None:
+    """topkapi export RUN OUT [--examples N]: the same page as files, for any static host, into the folder OUT."""
+    try:
+        from topkapi.viewer.export import export
+        from topkapi.viewer.serve import open_for
+    except ModuleNotFoundError as error:
+        raise TopkapiError(f"the viewer needs more packages ({error}): pip install 'topkapi[viewer]'.") from None
+
+    words = [*arguments]
+    is_named = len(words) > 1 and not any(word.startswith("-") for word in words[:2])
+    out = words.pop(1) if is_named else ""
+    run, command = _run_and_options("export", words, ExportOptions, "study")
+    if not out:
+        raise TopkapiError("name the folder to write after the run, as in topkapi export runs/demo site.")
+    if command.examples < 1:
+        raise TopkapiError(f"--examples must be 1 or more; got {command.examples}.")
+    export(run, open_for(run, command.study), Path(out), command.examples, command.votes)
+
+
+def _run_and_options(command: str, arguments: Sequence[str], options: type, folder: str = "") -> tuple[Path, Any]:
+    """RUN, which comes first, and the options after it; the option of a `folder`, if not given, is RUN/study."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        _parse(options, f"topkapi {command} RUN", ["--help"])
+    run, *rest = arguments
+    if run.startswith("-"):
+        raise TopkapiError(f"topkapi {command} needs a run first, as in topkapi {command} runs/demo ...; got {run!r}.")
+    if folder and not any(word.split("=")[0] == f"--{folder}" for word in rest):
+        rest += [f"--{folder}", str(Path(run) / "study")]
+    return Path(run), _parse(options, f"topkapi {command} {run}", rest)
 
 
 def demo_command(arguments: Sequence[str]) -> None:
@@ -393,6 +588,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "sweep": sweep_command,
     "eval": eval_command,
     "study": study_command,
+    "find": find_command,
+    "steer": steer_command,
+    "view": view_command,
+    "export": export_command,
     "bench": bench_command,
     "plan": plan_command,
 }

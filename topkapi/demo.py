@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from topkapi.config import EvalConfig, TrainConfig
+from topkapi.config import EvalConfig, StudyConfig, TrainConfig
 from topkapi.console import say
 from topkapi.evaluate import evaluate
 from topkapi.evaluate.contexts import Strongest, choose_latents, format_contexts, strongest_contexts
@@ -21,7 +21,11 @@ from topkapi.figures import draw_run, require_matplotlib
 from topkapi.files import write_text_atomic
 from topkapi.model import Autoencoder
 from topkapi.published import CONFIG
+from topkapi.study import write_study
+from topkapi.study.layout import STUDY
 from topkapi.train import Source, Text, load_run, open_source, open_text, train
+
+STUDY_TOKENS = 16_000  # held-out tokens studied
 
 
 def evaluate_run(run: Path, settings: EvalConfig) -> dict[str, float | int | None]:
@@ -64,6 +68,7 @@ def demo(config: TrainConfig, run: Path) -> None:
     found = strongest_contexts(ae, (source.blocks[i] for i in range(len(source.blocks))), config.data.context)
     width = None if sys.stdout.isatty() else 140  # piped, rich would break lines at 80
     _show(Console(highlight=False, width=width), source, found, results)
+    _write_study(run, ae, source, config)
     title = f"{ae.n_latents:,} latents, k={ae.k}, on {ae.site} of {ae.language_model}"
     picture = draw_run(run, found.density, title)
     minutes, gigabytes = (time.monotonic() - started) / 60, peak_memory() / 2**30
@@ -72,6 +77,16 @@ def demo(config: TrainConfig, run: Path) -> None:
         f"Next: topkapi train demo --run {run.parent}/wider --model.n-latents 8192   (reuses the cached activations)\n"
         "      topkapi train --help                                     (other recipes, your own model and text)"
     )
+    say(f"Look at its latents in a browser: topkapi view {run}, and open http://127.0.0.1:8000/")
+
+
+def _write_study(run: Path, ae: Autoencoder, text: Text, config: TrainConfig) -> None:
+    """What `topkapi view` shows: the code of held-out text, unless somebody has studied the run already."""
+    held_out = text.splits.held_out
+    tokens = min(STUDY_TOKENS, held_out.n_contexts(config.data.context) * config.data.context)
+    if tokens and not (run / "study" / STUDY).exists():
+        settings = StudyConfig(tokens=tokens)
+        write_study(run, ae, text.language_model, held_out, config.data, settings, run / "study")
 
 
 def _show(out: Console, source: Source, found: Strongest, results: dict[str, float | int | None]) -> None:

@@ -12,17 +12,18 @@
 """
 
 import hashlib
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from threading import RLock
+from threading import RLock, get_ident
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import BFloat16, Float, Float32, Int
+from jaxtyping import BFloat16, Float, Int
 from torch import Tensor, nn
 
 from topkapi.config import LanguageModelConfig
@@ -40,6 +41,8 @@ SUBMODULES = {
 INCIDENTAL = ("transformers_version", "_name_or_path", "_commit_hash", "dtype", "torch_dtype", "use_cache")
 
 Replace = Callable[[Tensor], Tensor]
+BeforeForward = Callable[[dict[str, Any]], None]
+Objective = Callable[[Float[Tensor, "b vocab"]], Float[Tensor, " b"]]
 
 
 class Source(NamedTuple):
@@ -97,6 +100,22 @@ class LanguageModel:
         model = model.to(device).eval().requires_grad_(False)
         return cls(model, tokenizer, config, _fingerprint(model, settings))
 
+    @classmethod
+    def wrap(cls, model: Any, tokenizer: Any, site: str, name: str = "", batch_contexts: int = 32) -> "LanguageModel":
+        """A transformers causal language model that is loaded already, with its tokenizer, read at `site`.
+
+        The model is shared, not copied: it keeps its device and dtype, and dropout is turned off (`model.eval()`).
+        `name` is what it is called in messages, by itself the folder or hub id that it came from.
+
+        Raises:
+            TopkapiError: the model has no such site.
+        """
+        origin = getattr(model.config, "_name_or_path", "")
+        config = LanguageModelConfig(
+            name=name or origin or type(model).__name__, site=site, batch_contexts=batch_contexts
+        )
+        return cls(model.eval(), tokenizer, config, _fingerprint(model, _settings(model, origin)))
+
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
@@ -150,11 +169,64 @@ class LanguageModel:
     @torch.no_grad()
     def logits(
         self, tokens: Int[Tensor, "b context"], replace: Replace | None = None
-    ) -> Float32[Tensor, "b context vocab"]:
-        """Logits of the next token; `replace` maps the activations at the site to those that go on instead."""
+    ) -> Float[Tensor, "b context vocab"]:
+        """Logits of the next token, in float32 (float64 of a model in float64).
+
+        `replace` maps the activations at the site to those that go on instead.
+        """
         tokens = self._checked(tokens)
         with self._at_site(replace):
-            return self.model(input_ids=tokens, use_cache=False).logits.float()
+            return _widened(self.model(input_ids=tokens, use_cache=False).logits)
+
+    def gradient(
+        self, tokens: Int[Tensor, "b context"], objective: Objective, replace: Replace | None = None
+    ) -> tuple[Float[Tensor, " b"], Float[Tensor, "b context d_model"]]:
+        """A number for each context, and its gradient with respect to the activations that go on from the site.
+
+        `objective` makes the numbers from the logits at the last position; `replace` is as in `logits`, and no
+        gradient goes through it. Cost: about three forward passes of the layers after the site.
+        """
+        reached: list[Tensor] = []
+
+        def keep(hidden: Tensor) -> Tensor:
+            changed = hidden if replace is None else replace(hidden)
+            reached.append(changed.detach().to(hidden.dtype).requires_grad_())
+            return reached[0]
+
+        tokens = self._checked(tokens)
+        with torch.enable_grad(), self._at_site(keep):
+            numbers = objective(_widened(self.model(input_ids=tokens, use_cache=False).logits[:, -1]))
+            (gradient,) = torch.autograd.grad(numbers.sum(), reached[0])
+        return numbers.detach(), gradient
+
+    @torch.no_grad()
+    def next_logits(self, tokens: Int[Tensor, "b new"], cache: Any = None) -> tuple[Float[Tensor, "b vocab"], Any]:
+        """Logits after the last of these tokens, which follow those that the cache has seen, and the cache grown by
+        them. None is the cache of a beginning."""
+        with self._lock:
+            out = self.model(input_ids=to_device(tokens, self.device), past_key_values=cache, use_cache=True)
+        return _widened(out.logits[:, -1]), out.past_key_values
+
+    @contextmanager
+    def changing(self, replace: Replace, before: BeforeForward) -> Iterator[None]:
+        """Within the block this thread's `model(...)` and `model.generate(...)` run with `replace` at the site.
+
+        `before` hears of each forward pass, before it runs, the arguments that the decoder is given, by name. Methods
+        of this class wait in other threads; a direct call of `model` there runs unchanged.
+        """
+        owner, base = get_ident(), self.model.base_model
+        names = inspect.signature(base.forward)
+
+        def listen(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            if get_ident() == owner:
+                before(dict(names.bind_partial(*inputs, **named).arguments))
+
+        with self._at_site(lambda hidden: replace(hidden) if get_ident() == owner else hidden):
+            handle = base.register_forward_pre_hook(listen, with_kwargs=True)
+            try:
+                yield
+            finally:
+                handle.remove()
 
     def _checked(self, tokens: Tensor) -> Tensor:
         if self.max_context is not None and tokens.shape[1] > self.max_context:
@@ -191,6 +263,11 @@ class LanguageModel:
         finally:
             for layer, _ in self._compiled:
                 layer.__dict__.pop("forward", None)
+
+
+def _widened(logits: Tensor) -> Tensor:
+    """Logits in float32, or float64 where they are that."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _deterministic() -> dict[str, bool]:
@@ -248,6 +325,22 @@ def find_source(name: str) -> Source:
     return Source(name, is_local=False)
 
 
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of the language model `name`, without the model.
+
+    Raises:
+        TopkapiError: it is missing, damaged or unreachable.
+    """
+    source = find_source(name)
+    with quiet():
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(source.path, local_files_only=source.is_local, trust_remote_code=False)
+        except Exception as error:  # of several kinds, see `_from_pretrained`
+            raise TopkapiError(_load_failure(source, name, error)) from None
+
+
 def _from_pretrained(source: Source, name: str, dtype: torch.dtype) -> tuple[Any, Any, dict[str, Any]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
@@ -267,6 +360,20 @@ def _from_pretrained(source: Source, name: str, dtype: torch.dtype) -> tuple[Any
             "model, or was saved incompletely."
         )
     return model, tokenizer, settings
+
+
+def _settings(model: Any, origin: str) -> dict[str, Any]:
+    """The settings that a loaded model was loaded with, as `_from_pretrained` reads them; else those it has now."""
+    from transformers import PretrainedConfig
+
+    if origin:
+        try:
+            with quiet():
+                settings, _ = PretrainedConfig.get_config_dict(origin, local_files_only=True, trust_remote_code=False)
+            return settings
+        except Exception as error:  # moved, deleted, made in memory under a name
+            del error
+    return model.config.to_diff_dict()
 
 
 def _load_failure(source: Source, name: str, error: Exception) -> str:

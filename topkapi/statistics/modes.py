@@ -29,7 +29,7 @@ from topkapi.statistics.intervals import checked_sample
 
 LARGEST_SIMULATED = 1000  # sqrt(n) dip: 95 % quantile 0.458 for n = 20, 0.505 for 200, 0.538 for 1000
 THINNING = 0.1  # a pass over the corners that removes less is followed by one that is exact
-GRID = 2048
+GRID = 512
 LARGEST_GRID = 2**20  # of samples with outliers very far away
 CELLS_A_BANDWIDTH = 8
 GRID_MARGIN = 4.0  # bandwidths beyond the sample

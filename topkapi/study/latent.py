@@ -65,6 +65,14 @@ class Latent:
         """Numbers of the encoded tokens on which it fires, ascending."""
         self.values: Float32[np.ndarray, " firings"] = study.arrays["latent_values"][start:end]
         """Its value at each of them, above 0."""
+        self.chosen: Int64[np.ndarray, " chosen"] = np.arange(len(self.rows))
+        """Numbers, ascending, of the firings that examples are taken from: all of them, see `between`."""
+
+    def between(self, low: float, high: float) -> "Latent":
+        """The same latent, with examples taken from firings of low <= value < high alone."""
+        other = Latent(self.study, self.i)
+        other.chosen = np.flatnonzero((self.values >= np.float64(low)) & (self.values < np.float64(high)))
+        return other
 
     @property
     def n_fired(self) -> int:
@@ -114,9 +122,9 @@ class Latent:
         return np.bincount(where, minlength=self.study.context)
 
     @cached_property
-    def _falling(self) -> Int64[np.ndarray, " firings"]:
-        """Its firings in the order of falling values; ties by row."""
-        return np.argsort(-self.values, kind="stable")
+    def _falling(self) -> Int64[np.ndarray, " chosen"]:
+        """The chosen firings in the order of falling values; ties by row."""
+        return self.chosen[np.argsort(-self.values[self.chosen], kind="stable")]
 
     def top(self, n: int = 10) -> list[Example]:
         """Its strongest firings, falling, at most one a context, and none whose shown tokens were shown before.
@@ -138,7 +146,7 @@ class Latent:
 
     def random(self, n: int = 10, seed: int = 0) -> list[Example]:
         """Firings drawn uniformly without replacement, in the order drawn; the same for the same seed."""
-        return [self.example(entry) for entry in self._draw(np.arange(len(self.rows)), n, seed)]
+        return [self.example(entry) for entry in self._draw(self.chosen, n, seed)]
 
     def by_quantile(self, groups: int = 5, n: int = 5, seed: int = 0) -> list[list[Example]]:
         """Firings drawn as `random` does from each of `groups` equal shares of them, the strongest share first.
@@ -154,8 +162,8 @@ class Latent:
         They stand for tokens on which it almost fires, which a TopK code does not show: what is not among the k
         largest of its token, or below 0, is not kept.
         """
-        order = np.argsort(self.values, kind="stable")[:n]
-        return [self.example(entry) for entry in order.tolist()]
+        order = np.argsort(self.values[self.chosen], kind="stable")[:n]
+        return [self.example(entry) for entry in self.chosen[order].tolist()]
 
     def coactive(self, n: int = 10) -> list[Coactive]:
         """The n latents that fire most often on the tokens on which it does, falling; ties by number.

@@ -1,11 +1,13 @@
 """Opens a study: statistics of all latents, the code of a token, and the way to one latent (`topkapi.study.latent`)."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64, UInt32
+from torch import Tensor
 
 from topkapi import published
 from topkapi.data.language_model import LanguageModel
@@ -96,18 +98,33 @@ class Study:
 
     @cached_property
     def autoencoder(self) -> Autoencoder:
-        """The autoencoder studied, from its run. Raises TopkapiError if the run holds another one or none."""
+        """The autoencoder studied, from its run. Raises TopkapiError as `require_run` does."""
+        self.require_run()
+        return Autoencoder.from_pretrained(self.run)
+
+    def require_run(self) -> None:
+        """Raise TopkapiError if the run holds another autoencoder than the one studied, or none."""
         if published.read_config(self.run).get("files", {}).get(published.WEIGHTS) != self.identity["autoencoder"]:
             raise TopkapiError(
                 f"{WHAT} {self.folder} is of another autoencoder than the one in {self.run}: "
                 "run topkapi study on that one, or give the run that was studied."
             )
-        return Autoencoder.from_pretrained(self.run)
 
     def nearest(self, i: int, n: int = 10, by: str = "decoder") -> list[directions.Neighbour]:
         """The n other latents whose rows of W_dec (by "decoder") or W_enc ("encoder") have the largest cosines."""
+        return self.nearest_of([i], n, by)[0]
+
+    def nearest_of(self, latents: Sequence[int], n: int = 10, by: str = "decoder") -> list[list[directions.Neighbour]]:
+        """`nearest` of several latents, in one pass over the autoencoder."""
+        weight, norms = self._directions[by]
+        return directions.nearest(weight, norms, latents, n)
+
+    @cached_property
+    def _directions(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The rows that latents are compared by, and their norms."""
         ae = self.autoencoder
-        return directions.nearest({"decoder": ae.W_dec, "encoder": ae.W_enc}[by].detach(), i, n)
+        weights = {"decoder": ae.W_dec.detach(), "encoder": ae.W_enc.detach()}
+        return {by: (weight, directions.lengths(weight)) for by, weight in weights.items()}
 
     def votes(self, i: int, lm: LanguageModel, n: int = 10) -> directions.Votes:
         """The tokens that latent i votes for and against, see `topkapi.study.directions.votes`.
@@ -115,9 +132,13 @@ class Study:
         Raises:
             TopkapiError: not the language model that was studied.
         """
+        return self.votes_of([i], lm, n)[0]
+
+    def votes_of(self, latents: Sequence[int], lm: LanguageModel, n: int = 10) -> list[directions.Votes]:
+        """`votes` of several latents, in one pass over the unembedding."""
         if lm.fingerprint != self.identity["language_model"]:
             raise TopkapiError(f"{WHAT} {self.folder} is of another language model than {lm.name}.")
-        return directions.votes(self.autoencoder.W_dec[i].detach(), lm, n)
+        return directions.votes(self.autoencoder.W_dec.detach()[list(latents)], lm, n)
 
 
 def open_study(folder: Path | str, run: Path | str | None = None) -> Study:

@@ -1,0 +1,54 @@
+"""Text to tokens and back, for prompts that a person types."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from topkapi.data.language_model import LanguageModel
+from topkapi.errors import TopkapiError
+from topkapi.evaluate.contexts import decode_around
+
+
+def encode(lm: LanguageModel, text: str, n_new: int = 0) -> Int[Tensor, "1 c"]:
+    """The tokens of a prompt, with what the tokenizer puts before a text; `n_new` more are to fit behind them.
+
+    Raises:
+        TopkapiError: no token, or too many for the language model.
+    """
+    ids = list(lm.tokenizer(text)["input_ids"])
+    if not text or not ids:
+        raise TopkapiError("the prompt is empty: give some text.")
+    if lm.max_context is not None and len(ids) + n_new > lm.max_context:
+        more = f" and {n_new} new ones" if n_new else ""
+        raise TopkapiError(
+            f"the prompt has {len(ids)} tokens{more}; {lm.name} sees at most {lm.max_context}: shorten it."
+        )
+    return torch.tensor([ids])
+
+
+def single_token(lm: LanguageModel, text: str) -> int:
+    """The one token that a text is.
+
+    Raises:
+        TopkapiError: it is none, or several, which the message names.
+    """
+    ids = list(lm.tokenizer(text, add_special_tokens=False)["input_ids"])
+    if len(ids) != 1:
+        pieces = ", ".join(repr(piece) for piece in texts(lm, ids))
+        raise TopkapiError(
+            f"{text!r} must be one token; {lm.name} makes {len(ids)} of it{f': {pieces}' if pieces else ''}. "
+            "Most words inside of a text begin with their space, as in ' he'."
+        )
+    return ids[0]
+
+
+def texts(lm: LanguageModel, ids: Sequence[int]) -> list[str]:
+    """The text of each token, made safe to print; a piece of a character is shown by the tokenizer's name for it."""
+    return [decode_around(lm.tokenizer, [i], 0)[1] for i in ids]
+
+
+def continuation(lm: LanguageModel, ids: Sequence[int]) -> str:
+    """The text of sampled tokens, without those that stand for no text."""
+    return lm.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,0 +1,238 @@
+"""Text that the language model writes with latents changed, beside what it writes without.
+
+1. Tokens are drawn with Gumbel noise, token = argmax(logits / temperature + noise), from a stream of random numbers
+   for each sample, of its seed and number alone. Both texts of a sample use the same: while their distributions are
+   equal so are their tokens, and where they part it is the edit that did it.
+2. `experiment` counts samples in which a pattern occurs: as the language model is, with the edits, and with the same
+   edits of other latents that are as active. `topkapi.explore.proportions` gives rates and differences their intervals.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float64, Int, Int64
+from torch import Tensor
+
+from topkapi.errors import TopkapiError
+from topkapi.explore.attribution import passes_at_once
+from topkapi.explore.edits import Edit
+from topkapi.explore.prompts import continuation
+from topkapi.explore.proportions import Difference, Rate, clustered_rate, difference, rate
+from topkapi.explore.spliced import Spliced
+
+OnToken = Callable[[int], object]
+
+
+class Samples(NamedTuple):
+    """Continuations of a prompt, a row a sample."""
+
+    clean: Int64[np.ndarray, "n t"]
+    """Tokens written by the language model as it is; after the end of the text the token that ended it, again."""
+    steered: Int64[np.ndarray, "n t"]
+    """Tokens written with the edits, from the same random numbers."""
+    kl: Float64[np.ndarray, "n t"]
+    """KL(steered || clean) of the distributions that each steered token was drawn from, before the temperature, in
+    nats; 0 after the end of the text."""
+    clean_lengths: Int64[np.ndarray, " n"]
+    """Tokens of each clean text, the one that ended it counted."""
+    steered_lengths: Int64[np.ndarray, " n"]
+
+    @property
+    def mean_kl(self) -> float:
+        """Mean over all steered tokens."""
+        return float(self.kl.sum() / self.steered_lengths.sum())
+
+    def first_difference(self, i: int) -> int | None:
+        """The first token in which the two texts of sample i differ; None if they are the same."""
+        where = np.flatnonzero(self.clean[i] != self.steered[i])
+        return int(where[0]) if len(where) else None
+
+
+class Experiment(NamedTuple):
+    """How often a pattern occurs in continuations, as counted."""
+
+    clean: Rate
+    """Of samples without any edit."""
+    steered: Rate
+    controls: Rate
+    """Of all samples of all controls; its interval allows for controls that differ from each other."""
+    each_control: list[Rate]
+    control_latents: list[list[int]]
+    """The latents that each control edits, in the order of the edits."""
+    steered_less_controls: Difference
+    steered_less_clean: Difference
+
+
+def sample(
+    spliced: Spliced,
+    prompt: Int[Tensor, "1 p"],
+    edits: Sequence[Edit],
+    n_samples: int,
+    n_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    on_token: OnToken = lambda _: None,
+) -> Samples:
+    """Continuations with and without edits, from the same random numbers.
+
+    Sample i is the same for any `n_samples`, but for the rounding of batches of another size. Edits are in force at the
+    prompt too. Cost: 2 n_samples n_tokens tokens written one by one, and 2 passes over the steered texts; `on_token`
+    hears of tokens as they are written.
+
+    Raises:
+        TopkapiError: no such latent, a number out of range, or more tokens than the language model can see.
+    """
+    _check_sampling(spliced, prompt, n_samples, n_tokens, temperature)
+    spliced.check(edits)
+    seeds = [[seed, 0, i] for i in range(n_samples)]
+    clean, clean_lengths = write(spliced, prompt, (), seeds, n_tokens, temperature, on_token)
+    steered, steered_lengths = write(spliced, prompt, edits, seeds, n_tokens, temperature, on_token)
+    kl = _kl(spliced, prompt, edits, steered)
+    kl[np.arange(n_tokens) >= steered_lengths[:, None]] = 0.0
+    return Samples(clean, steered, kl, clean_lengths, steered_lengths)
+
+
+def write(
+    spliced: Spliced,
+    prompt: Int[Tensor, "1 p"],
+    edits: Sequence[Edit],
+    seeds: Sequence[Sequence[int]],
+    n_tokens: int,
+    temperature: float,
+    on_token: OnToken = lambda _: None,
+) -> tuple[Int64[np.ndarray, "n t"], Int64[np.ndarray, " n"]]:
+    """A continuation for each seed, and how many tokens of it come before the text has ended.
+
+    Deterministic, and in batches of `batch_contexts`, for a number of seeds.
+    """
+    size = spliced.lm.batch_contexts
+    with spliced.editing(edits):
+        found = [
+            _write(spliced, prompt, seeds[start : start + size], n_tokens, temperature, on_token)
+            for start in range(0, len(seeds), size)
+        ]
+    tokens = np.concatenate(found)
+    ended = np.isin(tokens, _ends(spliced))
+    return tokens, np.where(ended.any(1), ended.argmax(1) + 1, n_tokens)
+
+
+def _write(
+    spliced: Spliced,
+    prompt: Tensor,
+    seeds: Sequence[Sequence[int]],
+    n_tokens: int,
+    temperature: float,
+    on_token: OnToken,
+) -> Int64[np.ndarray, "n t"]:
+    streams = [np.random.default_rng(seed) for seed in seeds]
+    ends = torch.tensor(_ends(spliced))
+    new, cache, written = prompt.expand(len(seeds), -1), None, []
+    for _ in range(n_tokens):
+        logits, cache = spliced.lm.next_logits(new, cache)
+        drawn = gumbel_argmax(logits.cpu(), streams, temperature)
+        if written:  # a text that has ended stays so
+            drawn = torch.where(torch.isin(written[-1], ends), written[-1], drawn)
+        written.append(drawn)
+        new = drawn[:, None]
+        on_token(len(seeds))
+    return torch.stack(written, 1).numpy()
+
+
+def gumbel_argmax(logits: Tensor, streams: Sequence[np.random.Generator], temperature: float) -> Int[Tensor, " n"]:
+    """A token of each row, drawn from softmax(logits / temperature) with the row's own random numbers.
+
+    argmax(logits / temperature - log e) for e of the standard exponential distribution: the same numbers always go to
+    the same words, so rows of equal logits and equal streams give equal tokens, and those of nearly equal ones mostly.
+    """
+    exponential = np.stack([stream.standard_exponential(logits.shape[1], dtype=np.float32) for stream in streams])
+    return (logits.double() / temperature - torch.from_numpy(exponential).double().log()).argmax(1)
+
+
+def _ends(spliced: Spliced) -> list[int]:
+    """The tokens that end a text."""
+    settings = getattr(spliced.lm.model, "generation_config", None)
+    named = (spliced.lm.tokenizer.eos_token_id, getattr(settings, "eos_token_id", None))
+    return sorted({i for ids in named if ids is not None for i in (ids if isinstance(ids, list) else [ids])})
+
+
+@torch.no_grad()
+def _kl(
+    spliced: Spliced, prompt: Int[Tensor, "1 p"], edits: Sequence[Edit], steered: Int64[np.ndarray, "n t"]
+) -> Float64[np.ndarray, "n t"]:
+    """KL(steered || clean) at each steered token, from whole passes over the steered texts."""
+    written = torch.from_numpy(steered)
+    tokens = torch.cat([prompt.expand(len(written), -1), written], 1)[:, :-1]
+    found = []
+    for some in tokens.split(passes_at_once(spliced, tokens)):
+        first = prompt.shape[1] - 1
+        changed, clean = spliced.logits(some, edits)[:, first:], spliced.logits(some)[:, first:]
+        for row, other in zip(changed, clean, strict=True):  # one context at a time: log-softmaxes in float64
+            log_p, log_q = row.double().log_softmax(-1), other.double().log_softmax(-1)
+            p = log_p.exp()
+            found.append(torch.where(p > 0, p * (log_p - log_q), 0).sum(-1).clamp_min(0).cpu())
+    return torch.stack(found).numpy()
+
+
+def experiment(
+    spliced: Spliced,
+    prompt: Int[Tensor, "1 p"],
+    edits: Sequence[Edit],
+    controls: Sequence[Sequence[Edit]],
+    pattern: re.Pattern[str],
+    n_samples: int,
+    n_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    on_token: OnToken = lambda _: None,
+) -> Experiment:
+    """In how many of n_samples continuations a pattern occurs: clean, with the edits, and with each control's edits.
+
+    `topkapi.explore.controls.matched_controls` makes controls from a study. The prompt is not searched. The clean and
+    the steered samples are those of `sample`; every control has random numbers of its own, so that its samples are
+    independent of all others. Cost: (2 + number of controls) n_samples n_tokens tokens written one by one.
+
+    Raises:
+        TopkapiError: fewer than 2 controls, or as `sample`.
+    """
+    _check_sampling(spliced, prompt, n_samples, n_tokens, temperature)
+    if len(controls) < 2:
+        raise TopkapiError(f"an experiment needs 2 controls at least, to see how they differ; got {len(controls)}.")
+    for of in (edits, *controls):
+        spliced.check(of)
+
+    def count(of: Sequence[Edit], stream: int) -> Rate:
+        seeds = [[seed, stream, i] for i in range(n_samples)]  # all of one length: numpy's seeds may end in any zeros
+        tokens, lengths = write(spliced, prompt, of, seeds, n_tokens, temperature, on_token)
+        texts = [continuation(spliced.lm, row[:n]) for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+        return rate(sum(pattern.search(text) is not None for text in texts), n_samples)
+
+    clean, steered = count((), 0), count(edits, 0)
+    each = [count(of, 1 + i) for i, of in enumerate(controls)]
+    together = clustered_rate([one.n for one in each], n_samples)
+    return Experiment(
+        clean=clean,
+        steered=steered,
+        controls=together,
+        each_control=each,
+        control_latents=[[edit.latent for edit in of] for of in controls],
+        steered_less_controls=difference(steered, together),
+        steered_less_clean=difference(steered, clean),
+    )
+
+
+def _check_sampling(
+    spliced: Spliced, prompt: Int[Tensor, "1 p"], n_samples: int, n_tokens: int, temperature: float
+) -> None:
+    if min(n_samples, n_tokens) < 1:
+        raise TopkapiError(f"samples and new tokens must be 1 at least; got {n_samples} samples of {n_tokens} tokens.")
+    if not 0 < temperature < float("inf"):
+        raise TopkapiError(f"temperature must be more than 0 and finite; got {temperature}. For greedy text give 0.01.")
+    most = spliced.lm.max_context
+    if most is not None and prompt.shape[1] + n_tokens > most:
+        raise TopkapiError(
+            f"the prompt has {prompt.shape[1]} tokens and {n_tokens} are to follow; {spliced.lm.name} sees at most "
+            f"{most}: shorten one."
+        )

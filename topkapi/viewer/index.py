@@ -1,0 +1,148 @@
+"""What the table of latents shows beside the study's own columns: kurtosis, number of modes, strongest token.
+
+All firings have to be read for it, so it is made once, in the background while the page can be used already, and kept
+in STUDY/index. It is tied to the study's identity: the index of a study that was since written anew is made again, and
+so is a damaged one.
+
+1. Kurtosis and strongest firing, exact: one pass over the code by latent, ranges of latents at a time.
+2. Modes of each latent, as its page counts them (`topkapi.viewer.modes`).
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int64
+
+from topkapi.console import say
+from topkapi.files import sha256_json, write_atomic
+from topkapi.study import Study
+from topkapi.study.invert import ranges
+from topkapi.viewer.binary import pack, unpack
+from topkapi.viewer.modes import MOST_FIRINGS, find_modes
+from topkapi.viewer.texts import Texts
+
+FORMAT = 1  # raised when any of its numbers changes its meaning
+FILE = Path("index") / "latents.bin"  # in the study's folder
+NOT_COUNTED = 255
+NO_TOKEN = 2**32 - 1
+ENTRIES_AT_ONCE = 2**22  # firings in float64, a hundred MiB
+LATENTS_AT_ONCE = 2_048  # counted between two versions
+
+
+class Index:
+    """The columns as far as they are known, which `build` fills in."""
+
+    def __init__(self, study: Study) -> None:
+        n = study.n_latents
+        self.study, self.path = study, study.folder / FILE
+        self.arrays = {
+            "kurtosis": np.full(n, np.nan, "<f4"),
+            "modes": np.full(n, NOT_COUNTED, "u1"),
+            "top_token": np.full(n, NO_TOKEN, "<u4"),
+        }
+        self.tokens: list[str] = []
+        """Texts that `top_token` counts from 0."""
+        self.done = 0
+        """Latents whose modes are counted."""
+        self.version = 0
+        """Raised whenever there is more to show."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether nothing is left to be counted."""
+        return self.done == self.study.n_latents
+
+    def facts(self) -> dict[str, Any]:
+        """How far it is."""
+        return {
+            "state": "ready" if self.is_ready else "building",
+            "done": self.done,
+            "total": self.study.n_latents,
+        }
+
+    def build(self, texts: Callable[[], Texts], stop: Event) -> None:
+        """Read it from its file, or make it and write that; `stop` ends it early."""
+        if not self._load():
+            self._read_firings(texts)
+            self.version += 1
+            if self._count_modes(stop):
+                self._save()
+        self.version += 1
+
+    def _read_firings(self, texts: Callable[[], Texts]) -> None:
+        arrays, offsets = self.study.arrays, self.study.arrays["latent_offsets"]
+        strongest = np.full(self.study.n_latents, -1, np.int64)
+        for start, end in ranges(offsets, ENTRIES_AT_ONCE):
+            values = np.asarray(arrays["latent_values"][offsets[start] : offsets[end]])
+            first = offsets[start : end + 1] - offsets[start]
+            fired = np.flatnonzero(np.diff(first))  # `reduceat` knows no empty parts
+            if len(fired):
+                self.arrays["kurtosis"][start + fired] = _kurtosis(values, first[:-1][fired])
+                strongest[start + fired] = offsets[start] + _strongest(values, first[:-1][fired])
+        known = np.flatnonzero(strongest >= 0)
+        places = arrays["positions"][arrays["latent_rows"][strongest[known]]]
+        ids, which = np.unique(arrays["tokens"][places], return_inverse=True)
+        self.tokens = [texts().alone(token) for token in ids.tolist()]
+        self.arrays["top_token"][known] = which
+
+    def _count_modes(self, stop: Event) -> bool:
+        offsets, values = (self.study.arrays[name] for name in ("latent_offsets", "latent_values"))
+        for start in range(0, self.study.n_latents, LATENTS_AT_ONCE):
+            end = min(start + LATENTS_AT_ONCE, self.study.n_latents)
+            for i in range(start, end):
+                if stop.is_set():
+                    return False
+                self.arrays["modes"][i] = min(len(find_modes(values[offsets[i] : offsets[i + 1]])), NOT_COUNTED - 1)
+            self.done = end
+            self.version += 1
+        return True
+
+    def _identity(self) -> str:
+        return sha256_json({"format": FORMAT, "firings": MOST_FIRINGS, "files": self.study.header["files"]})
+
+    def _load(self) -> bool:
+        try:
+            header, arrays = unpack(self.path.read_bytes())
+            whole = header["identity"] == self._identity() and header["sha256"] == _digest(arrays)
+        except (OSError, ValueError, KeyError, TypeError):
+            whole = False
+        if whole and arrays.keys() == self.arrays.keys():
+            self.arrays, self.tokens, self.done = arrays, header["tokens"], self.study.n_latents
+        return self.is_ready
+
+    def _save(self) -> None:
+        header = {
+            "identity": self._identity(),
+            "sha256": _digest(self.arrays),
+            "n_latents": self.study.n_latents,
+            "tokens": self.tokens,
+        }
+        try:
+            write_atomic(self.path, lambda path: path.write_bytes(pack(header, self.arrays)))
+        except OSError as error:
+            say(f"warning: the index of latents cannot be kept in {self.path.parent}: {error.strerror}.")
+
+
+def _kurtosis(values: Float32[np.ndarray, " n"], first: Int64[np.ndarray, " parts"]) -> np.ndarray:
+    """E[a^4] / E[a^2]^2 of each part, which begins at `first`."""
+    squares = values.astype(np.float64) ** 2
+    counts = np.diff(first, append=len(values))
+    return np.add.reduceat(squares**2, first) * counts / np.add.reduceat(squares, first) ** 2
+
+
+def _strongest(values: Float32[np.ndarray, " n"], first: Int64[np.ndarray, " parts"]) -> Int64[np.ndarray, " parts"]:
+    """Where each part has its largest value, the first of equal ones."""
+    largest = np.repeat(np.maximum.reduceat(values, first), np.diff(first, append=len(values)))
+    where = np.flatnonzero(values == largest)
+    return where[np.searchsorted(where, first)]
+
+
+def _digest(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(name.encode() + array.tobytes())
+    return digest.hexdigest()

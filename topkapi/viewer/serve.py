@@ -1,0 +1,75 @@
+"""The command topkapi view: opens a run with its study and serves them to a browser."""
+
+import os
+import socket
+import webbrowser
+from pathlib import Path
+from threading import Timer
+
+import uvicorn
+
+import topkapi.study
+from topkapi.console import say
+from topkapi.errors import TopkapiError
+from topkapi.study import Study
+from topkapi.study.layout import PROGRESS, STUDY
+from topkapi.viewer.app import create_app
+
+BACKLOG = 128  # connections that may wait to be taken
+SHUTDOWN_SECONDS = 2  # that requests have to end when the server is stopped
+
+
+def open_for(run: Path, folder: Path) -> Study:
+    """The study in a folder, whose autoencoder is that of `run`.
+
+    Raises:
+        TopkapiError: there is none, with the command that writes it; it is damaged, or of another run.
+    """
+    if not run.is_dir():
+        raise TopkapiError(f"no run {run}: give the folder that topkapi train wrote, as in topkapi view runs/demo.")
+    if not (folder / STUDY).exists() and not (folder / PROGRESS).exists():
+        out = "" if folder == run / "study" else f" --out {folder}"
+        raise TopkapiError(
+            f"{folder} holds no study, which the viewer shows. Write it: topkapi study {run} --tokens 16000{out}"
+        )
+    study = topkapi.study.open(folder, run)
+    study.require_run()
+    return study
+
+
+def view(run: Path, folder: Path, host: str, port: int, model: bool, in_browser: bool) -> None:
+    """Serve the run until interrupted; says where.
+
+    Raises:
+        TopkapiError: no run or study, or the port is taken.
+    """
+    app = create_app(run, open_for(run, folder), model=model, host=host)
+    with listening(host, port) as listener:
+        address = address_of(listener, host)
+        say(f"{run} is at {address} - stop with Ctrl-C.")
+        if in_browser:
+            Timer(0.5, webbrowser.open, [address]).start()
+        config = uvicorn.Config(
+            app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS, server_header=False, lifespan="on"
+        )
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens; port 0 is any that is free. Raises TopkapiError where it cannot."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)  # asyncio sends at once only where TCP is said to be TCP
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+        return listener
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+        raise TopkapiError(f"cannot listen on {host}, port {port}: {reason}. Choose another --port, or 0.") from None
+
+
+def address_of(listener: socket.socket, host: str) -> str:
+    """The URL of a listening socket."""
+    name = f"[{host}]" if ":" in host else host
+    return f"http://{name}:{listener.getsockname()[1]}/"
