@@ -244,10 +244,10 @@ def decode_around(tokenizer: Tokenizer, ids: Sequence[int], at: int) -> tuple[st
     start = cut(range(at, -1, -1), 0)
     end = cut(range(at + 1, len(ids) + 1), len(text))
     token = text[start:end] or tokenizer.convert_ids_to_tokens(ids[at])
-    return _visible(text[:start].lstrip(CUT)), _visible(token), _visible(text[end:].rstrip(CUT))
+    return visible(text[:start].lstrip(CUT)), visible(token), visible(text[end:].rstrip(CUT))
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """Text that stays on one line and cannot steer the terminal."""
     text = text.replace("\r\n", "\n").replace("\n", "⏎").replace("\t", " ")
     return "".join("·" if unicodedata.category(c) == "Cc" else c for c in text)
