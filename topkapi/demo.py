@@ -15,7 +15,7 @@ from rich.table import Table
 
 from topkapi.config import EvalConfig, TrainConfig
 from topkapi.console import say
-from topkapi.evaluate import evaluate
+from topkapi.evaluate import evaluate_all
 from topkapi.evaluate.contexts import Strongest, choose_latents, format_contexts, strongest_contexts
 from topkapi.figures import draw_run, require_matplotlib
 from topkapi.files import write_text_atomic
@@ -37,9 +37,10 @@ def _evaluate(
     run: Path, ae: Autoencoder, text: Text, config: TrainConfig, settings: EvalConfig
 ) -> dict[str, float | int | None]:
     ae = ae.to(text.language_model.device)
-    results = evaluate(ae, text.language_model, text.splits.held_out, config.data, settings)
-    write_text_atomic(run / "eval.json", json.dumps(results, indent=2) + "\n")
-    return results
+    (found,) = evaluate_all([ae], text.language_model, text.splits.held_out, config.data, settings)
+    found.write_latents(run)
+    write_text_atomic(run / "eval.json", json.dumps(found.metrics, indent=2) + "\n")
+    return found.metrics
 
 
 def print_table(results: dict[str, float | int | None]) -> None:

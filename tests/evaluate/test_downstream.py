@@ -33,7 +33,8 @@ MEAN = torch.tensor([0.5, -1.0, 2.0, 0.25])
 
 def losses(ae, lm, tokens, config=CONFIG):
     n = len(tokens) // config.context
-    return downstream_losses(ae, lm, token_file(tokens), np.arange(n), config, MEAN)
+    (found,) = downstream_losses([ae], lm, token_file(tokens), np.arange(n), config, MEAN)
+    return found
 
 
 def by_hand(ae, lm, tokens):
@@ -71,6 +72,13 @@ def test_losses_equal_hand_computed_values(seed):
     ae, lm, tokens = random_autoencoder(seed=seed), random_model(seed), random_tokens(20 * CONTEXT, seed)
     found, wanted = losses(ae, lm, tokens), by_hand(ae, lm, tokens)
     assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_autoencoders_measured_together_are_measured_as_alone():
+    aes, lm, tokens = [random_autoencoder(seed=seed) for seed in range(3)], random_model(), random_tokens(50)
+    found = downstream_losses(aes, lm, token_file(tokens), np.arange(10), CONFIG, MEAN)
+    assert sum(shape[0] for shape in lm.shapes) == (3 + 3) * 10
+    assert found == [losses(ae, lm, tokens) for ae in aes]
 
 
 def test_uniform_language_model_costs_the_log_of_its_vocabulary():

@@ -15,9 +15,12 @@ Not part of `evaluate`:
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 
 from topkapi.config import DataConfig, EvalConfig
 from topkapi.console import progress, say
@@ -26,9 +29,11 @@ from topkapi.data.language_model import LanguageModel
 from topkapi.data.tokens import TokenFile
 from topkapi.evaluate.downstream import downstream_losses
 from topkapi.evaluate.reconstruction import ReconstructionMetrics
+from topkapi.files import write_atomic
 from topkapi.model import Autoencoder
 
 HARVEST_TOKENS = 8_192  # of text, harvested at once: bounds memory
+LATENTS = "held_out.npz"  # in a run folder, see `Evaluation.write_latents`
 METRICS = (
     "normalized_mse",
     "l0",
@@ -41,6 +46,28 @@ METRICS = (
     "loss_recovered",
     "n_tokens",
 )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate_all` finds of one autoencoder."""
+
+    metrics: dict[str, float | int | None]
+    """As `evaluate` gives them."""
+    n_fired: Int64[np.ndarray, " n_latents"]
+    """Of the n_tokens tokens, those on which the latent has a value > 0."""
+    sum_squares: Float64[np.ndarray, " n_latents"]
+    """Sum of the squares of the latent's values over the n_tokens; divided by them it is the importance."""
+
+    def write_latents(self, run: Path) -> None:
+        """Write RUN/held_out.npz: the arrays n_fired, sum_squares and n_tokens (a single number)."""
+        arrays = {"n_fired": self.n_fired, "sum_squares": self.sum_squares, "n_tokens": self.metrics["n_tokens"]}
+
+        def save(path: Path) -> None:
+            with path.open("wb") as file:  # given a path, numpy would change its name
+                np.savez(file, **arrays)
+
+        write_atomic(run / LATENTS, save)
 
 
 def evaluate(
@@ -82,13 +109,36 @@ def evaluate(
     the last six are None without a warning. Cost: one pass up to the site over `tokens`, four whole
     passes over `downstream_tokens`.
     """
-    reconstruction = _reconstruct(ae, lm, token_file, data_config, eval_config.tokens)
-    results = dict.fromkeys(METRICS) | reconstruction.compute()
-    if eval_config.downstream_tokens:
+    (found,) = evaluate_all([ae], lm, token_file, data_config, eval_config)
+    return found.metrics
+
+
+def evaluate_all(
+    aes: Sequence[Autoencoder],
+    lm: LanguageModel,
+    token_file: TokenFile,
+    data_config: DataConfig,
+    eval_config: EvalConfig,
+) -> list[Evaluation]:
+    """What `evaluate` gives of each of several autoencoders of one site, and how often and how strongly latents fire.
+
+    The text is harvested once, and the passes of the language model that no autoencoder has a part in are shared: the
+    results are those of evaluating each alone.
+    """
+    reconstructions = _reconstruct(aes, lm, token_file, data_config, eval_config.tokens)
+    losses: list[dict[str, float]] = [{}] * len(aes)
+    if eval_config.downstream_tokens and len(aes):
         context_ids = spread_contexts(token_file, data_config.context, eval_config.downstream_tokens)
-        mean = reconstruction.mean_activation
-        results |= downstream_losses(ae, lm, token_file, context_ids, data_config, mean)
-    return _without_nan(results)
+        mean = reconstructions[0].mean_activation
+        losses = downstream_losses(aes, lm, token_file, context_ids, data_config, mean)
+    return [
+        Evaluation(
+            metrics=_without_nan(dict.fromkeys(METRICS) | found.compute() | loss),
+            n_fired=found.n_fired.cpu().numpy(),
+            sum_squares=found.sum_squares.cpu().numpy(),
+        )
+        for found, loss in zip(reconstructions, losses, strict=True)
+    ]
 
 
 def spread_contexts(token_file: TokenFile, context: int, tokens: int) -> Int64[np.ndarray, " contexts"]:
@@ -103,17 +153,18 @@ def spread_contexts(token_file: TokenFile, context: int, tokens: int) -> Int64[n
 
 
 def _reconstruct(
-    ae: Autoencoder, lm: LanguageModel, token_file: TokenFile, config: DataConfig, tokens: int
-) -> ReconstructionMetrics:
-    """Metrics of `tokens` tokens of the file, harvested and dropped as in training."""
-    metrics = ReconstructionMetrics(ae)
+    aes: Sequence[Autoencoder], lm: LanguageModel, token_file: TokenFile, config: DataConfig, tokens: int
+) -> list[ReconstructionMetrics]:
+    """Each autoencoder's metrics of `tokens` tokens of the file, harvested and dropped as in training."""
+    metrics = [ReconstructionMetrics(ae) for ae in aes]
     context_ids = spread_contexts(token_file, config.context, tokens)
     with progress("reconstruction", len(context_ids) * config.context) as meter:
         step = max(1, HARVEST_TOKENS // config.context)
         for start in range(0, len(context_ids), step):
             group = context_ids[start : start + step]
             block, _ = harvest(lm, token_file, group, config, meter.advance)
-            metrics.update(block.x)
+            for found in metrics:
+                found.update(block.x)
     return metrics
 
 

@@ -1,14 +1,13 @@
 """What the language model loses when it continues from reconstructed activations.
 
-Per small batch of contexts, four forward passes that differ in the activations at the kept
-positions of the site: clean (its own), spliced (the autoencoder's reconstruction, scaled back),
-zero (0), mean (one mean activation). Other positions (the first of a context, special tokens) keep
-their own activations in all four. Logits live for one batch and one pass, the clean ones for two;
-log-softmaxes for one context at a time.
+Per small batch of contexts, forward passes that differ in the activations at the kept positions of the site: clean
+(its own), zero (0), mean (one mean activation), and spliced (an autoencoder's reconstruction, scaled back) once for
+each autoencoder. Other positions (the first of a context, special tokens) keep their own activations in all of them.
+Logits live for one batch and one pass, the clean ones for all; log-softmaxes for one context at a time.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -29,36 +28,39 @@ Substitute = Callable[[Tensor], Tensor]
 
 
 def downstream_losses(
-    ae: Autoencoder,
+    aes: Sequence[Autoencoder],
     lm: LanguageModel,
     token_file: TokenFile,
     context_ids: Int[np.ndarray, " contexts"],
     config: DataConfig,
     mean_activation: Float[Tensor, " d_model"],
-) -> dict[str, float]:
-    """The cross-entropies, kl and loss_recovered, as `topkapi.evaluate` defines them.
+) -> list[dict[str, float]]:
+    """The cross-entropies, kl and loss_recovered of each autoencoder, as `topkapi.evaluate` defines them.
 
     All are means over the predictions that `predicting` selects. NaN where undefined: all of them
     when there is no such prediction, loss_recovered also when zero ablation changes the loss by
-    less than 1e-6 nats. Cost: four passes of the whole language model over the contexts.
+    less than 1e-6 nats. Cost: three passes of the whole language model over the contexts, and one more an autoencoder.
     """
-    totals = torch.zeros(5, dtype=torch.float64)
+    totals = torch.zeros(3 + 2 * len(aes), dtype=torch.float64)
     n_predictions = 0
     with progress("downstream loss", len(context_ids) * config.context) as meter:
         start, size = 0, 1  # one context first: its logits tell how many fit
         while start < len(context_ids):
             tokens = token_file.context_tokens(context_ids[start : start + size], config.context)
             keep = kept_positions(tokens, config, lm.special_ids)
-            sums, n_vocabulary = _batch_sums(ae, lm, tokens, keep, mean_activation)
+            sums, n_vocabulary = _batch_sums(aes, lm, tokens, keep, mean_activation)
             totals += sums
             n_predictions += int(predicting(keep).sum())
             start += len(tokens)
             size = min(lm.batch_contexts, max(1, LOGIT_ELEMENTS // (config.context * n_vocabulary)))
             meter.advance(tokens.numel())
-    means = (totals / n_predictions).tolist() if n_predictions else [math.nan] * 5
-    names = ("ce_clean", "ce_spliced", "ce_zero_ablation", "ce_mean_ablation", "kl")
-    losses = dict(zip(names, means, strict=True))
-    return losses | {"loss_recovered": loss_recovered(losses)}
+    means = totals / n_predictions if n_predictions else totals * math.nan
+    names, found = ("ce_clean", "ce_spliced", "ce_zero_ablation", "ce_mean_ablation", "kl"), []
+    clean, zero, mean = means[:3].tolist()
+    for spliced, kl in means[3:].unflatten(0, (-1, 2)).tolist():
+        losses = dict(zip(names, (clean, spliced, zero, mean, kl), strict=True))
+        found.append(losses | {"loss_recovered": loss_recovered(losses)})
+    return found
 
 
 def predicting(keep: Bool[Tensor, "b context"]) -> Bool[Tensor, "b context-1"]:
@@ -99,32 +101,33 @@ def replaced_at(keep: Bool[Tensor, "b context"], substitute: Substitute) -> Subs
 
 @torch.no_grad()
 def _batch_sums(
-    ae: Autoencoder,
+    aes: Sequence[Autoencoder],
     lm: LanguageModel,
     tokens: Int[Tensor, "b context"],
     keep: Bool[Tensor, "b context"],
     mean_activation: Float[Tensor, " d_model"],
 ) -> tuple[Float[Tensor, " sums"], int]:
-    """Sums over the batch's predictions (clean, spliced, zero, mean, KL); vocabulary size."""
-
-    def spliced(raw: Tensor) -> Tensor:
-        return ae(raw.to(ae.W_dec.device)) if len(raw) else raw
+    """Sums over the batch's predictions (clean, zero, mean; spliced and KL of each autoencoder); vocabulary size."""
 
     def mean(raw: Tensor) -> Tensor:
         return mean_activation.to(raw.device).expand_as(raw)
 
     mask = predicting(keep)
     clean = lm.logits(tokens)
-    n_vocabulary = clean.shape[-1]
-    logits = lm.logits(tokens, replaced_at(keep, spliced))
-    ce_clean, kl = _cross_entropy(clean, tokens, mask), _kl(clean, logits, mask)
-    del clean
-    ce_spliced = _cross_entropy(logits, tokens, mask)
-    del logits
-    ce_zero = _cross_entropy(lm.logits(tokens, replaced_at(keep, torch.zeros_like)), tokens, mask)
-    ce_mean = _cross_entropy(lm.logits(tokens, replaced_at(keep, mean)), tokens, mask)
-    sums = (ce_clean, ce_spliced, ce_zero, ce_mean, kl)
-    return torch.tensor(sums, dtype=torch.float64), n_vocabulary
+    sums = [_cross_entropy(clean, tokens, mask)]
+    sums += [
+        _cross_entropy(lm.logits(tokens, replaced_at(keep, substitute)), tokens, mask)
+        for substitute in (torch.zeros_like, mean)
+    ]
+    for ae in aes:
+
+        def spliced(raw: Tensor, ae: Autoencoder = ae) -> Tensor:
+            return ae(raw.to(ae.W_dec.device)) if len(raw) else raw
+
+        logits = lm.logits(tokens, replaced_at(keep, spliced))
+        sums += [_cross_entropy(logits, tokens, mask), _kl(clean, logits, mask)]
+        del logits  # before the next ones are made
+    return torch.tensor(sums, dtype=torch.float64), clean.shape[-1]
 
 
 def _cross_entropy(

@@ -20,7 +20,7 @@ class ReconstructionMetrics:
     """Sums over the tokens seen so far, from which the reconstruction metrics follow.
 
     Give it batches of raw activations with `update`; the results do not depend on how tokens are
-    cut into batches. Memory: n_latents bytes + 2 d_model float64, and one chunk of encoder output.
+    cut into batches. Memory: 2 (n_latents + d_model) numbers of 8 bytes, and one chunk of encoder output.
     """
 
     def __init__(self, ae: Autoencoder) -> None:
@@ -32,23 +32,25 @@ class ReconstructionMetrics:
         self.mean = torch.zeros(ae.d_model, dtype=torch.float64, device=device)
         self.raw_sum = torch.zeros(ae.d_model, dtype=torch.float64, device=device)
         self.n_active = torch.zeros((), dtype=torch.int64, device=device)
-        self.fired = torch.zeros(ae.n_latents, dtype=torch.bool, device=device)
+        self.n_fired = torch.zeros(ae.n_latents, dtype=torch.int64, device=device)
+        self.sum_squares = torch.zeros(ae.n_latents, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def update(self, raw: Float[Tensor, "n d_model"]) -> None:
         """Count n more tokens, given their raw activations, in chunks of bounded memory."""
+        self.raw_sum += raw.to(self.raw_sum.device).sum(0, dtype=torch.float64)  # the same bits for any autoencoder
         for chunk in raw.split(max(1, CHUNK_ELEMENTS // self.ae.n_latents)):
             if len(chunk):
-                self._add(chunk.to(self.fired.device, torch.float32))
+                self._add(chunk.to(self.raw_sum.device, torch.float32))
 
     def _add(self, raw: Float[Tensor, "n d_model"]) -> None:
         x, _, _ = self.ae.normalise(raw)
         values, indices = self.ae.encode(x)
         recon = self.ae.decode(values, indices).double()
         active = values > 0
-        self.fired[indices[active]] = True
+        self.n_fired += torch.bincount(indices[active], minlength=self.ae.n_latents)
+        self.sum_squares.index_add_(0, indices[active], values[active].double().square())
         self.n_active += active.sum()
-        self.raw_sum += raw.sum(0, dtype=torch.float64)
         x = x.double()
         self.squared_error += (x - recon).square().sum()
         self._add_deviation(x)
@@ -82,6 +84,6 @@ class ReconstructionMetrics:
         return {
             "normalized_mse": self.squared_error.item() / variance if variance > 0 else math.nan,
             "l0": self.n_active.item() / n if n else math.nan,
-            "dead_fraction": 1 - self.fired.double().mean().item() if n else math.nan,
+            "dead_fraction": (self.n_fired == 0).double().mean().item() if n else math.nan,
             "n_tokens": n,
         }
