@@ -208,9 +208,9 @@ def test_means_over_latents_leave_undefined_values_out():
         return Score(precision, recall, None, 1, 1, 1, {})
 
     found = over_latents([of(0.5, None), of(1.0, 0.25), of(None, 0.75)])
-    assert (found["precision"].mean, found["precision"].n_undefined) == (0.75, 1)
-    assert (found["recall"].mean, found["recall"].n) == (0.5, 2)
-    assert found["f1"].mean is None
+    assert (found["precision"].value, found["precision"].n) == (0.75, 2)
+    assert (found["recall"].value, found["recall"].n) == (0.5, 2)
+    assert found["f1"].value is None
     assert found["recall"].low <= 0.5 <= found["recall"].high
 
 
@@ -262,7 +262,7 @@ def test_latents_of_single_tokens_are_explained_completely():
     found = [s for _, s in results if s.n_active]
     assert len(found) > 5
     assert all(s.precision == 1 for s in found)
-    assert over_latents(found)["recall"].mean > 0.9  # 16 examples may miss one of a latent's tokens
+    assert over_latents(found)["recall"].value > 0.9  # 16 examples may miss one of a latent's tokens
     assert found[0].n_tokens == int(kept_positions(held_out, config, lm.special_ids).sum())
 
 

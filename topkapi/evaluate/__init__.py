@@ -27,7 +27,7 @@ from topkapi.console import progress, say
 from topkapi.data.activations import harvest
 from topkapi.data.language_model import LanguageModel
 from topkapi.data.tokens import TokenFile
-from topkapi.evaluate.downstream import downstream_losses
+from topkapi.evaluate.downstream import Losses, downstream_losses
 from topkapi.evaluate.reconstruction import ReconstructionMetrics
 from topkapi.files import write_atomic
 from topkapi.model import Autoencoder
@@ -46,6 +46,7 @@ METRICS = (
     "loss_recovered",
     "n_tokens",
 )
+DOWNSTREAM = METRICS[3:9]
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,12 @@ class Evaluation:
 
     metrics: dict[str, float | int | None]
     """As `evaluate` gives them."""
+    intervals: dict[str, tuple[float, float]]
+    """Of the metrics that have one: where each lies with 95 % probability, of drawing the contexts anew."""
+    gaps: dict[str, str]
+    """Why, for each metric that is None though it was asked for."""
+    losses: Losses | None
+    """Resampled; None without `downstream_tokens`."""
     n_fired: Int64[np.ndarray, " n_latents"]
     """Of the n_tokens tokens, those on which the latent has a value > 0."""
     sum_squares: Float64[np.ndarray, " n_latents"]
@@ -126,19 +133,27 @@ def evaluate_all(
     results are those of evaluating each alone.
     """
     reconstructions = _reconstruct(aes, lm, token_file, data_config, eval_config.tokens)
-    losses: list[dict[str, float]] = [{}] * len(aes)
+    losses: Sequence[Losses | None] = [None] * len(aes)
     if eval_config.downstream_tokens and len(aes):
         context_ids = spread_contexts(token_file, data_config.context, eval_config.downstream_tokens)
         mean = reconstructions[0].mean_activation
         losses = downstream_losses(aes, lm, token_file, context_ids, data_config, mean)
-    return [
-        Evaluation(
-            metrics=_without_nan(dict.fromkeys(METRICS) | found.compute() | loss),
-            n_fired=found.n_fired.cpu().numpy(),
-            sum_squares=found.sum_squares.cpu().numpy(),
-        )
-        for found, loss in zip(reconstructions, losses, strict=True)
-    ]
+    return [_evaluation(*found) for found in zip(reconstructions, losses, strict=True)]
+
+
+def _evaluation(reconstruction: ReconstructionMetrics, losses: Losses | None) -> Evaluation:
+    estimates = reconstruction.estimates() | (losses.estimates() if losses else {})
+    found = dict.fromkeys(METRICS) | reconstruction.compute() | {name: it.value for name, it in estimates.items()}
+    found = {name: None if value is None or math.isnan(value) else value for name, value in found.items()}
+    asked = [name for name in METRICS if losses or name not in DOWNSTREAM]
+    return Evaluation(
+        metrics=found,
+        intervals={name: (it.low, it.high) for name, it in estimates.items() if it.low is not None},
+        gaps=_gaps(found, [name for name in asked if found[name] is None]),
+        n_fired=reconstruction.n_fired.cpu().numpy(),
+        sum_squares=reconstruction.sum_squares.cpu().numpy(),
+        losses=losses,
+    )
 
 
 def spread_contexts(token_file: TokenFile, context: int, tokens: int) -> Int64[np.ndarray, " contexts"]:
@@ -164,21 +179,21 @@ def _reconstruct(
             group = context_ids[start : start + step]
             block, _ = harvest(lm, token_file, group, config, meter.advance)
             for found in metrics:
-                found.update(block.x)
+                found.update(block.x, block.positions // config.context)
     return metrics
 
 
-def _without_nan(results: dict[str, float | int | None]) -> dict[str, float | int | None]:
-    """The results with None for NaN and infinities (JSON has neither), and one warning line."""
-    undefined = [name for name, value in results.items() if value is not None and not math.isfinite(value)]
+def _gaps(found: dict[str, float | int | None], undefined: list[str]) -> dict[str, str]:
+    """Why the undefined metrics are None (JSON has neither NaN nor infinity), after one warning line."""
+    why = ""
     if undefined:
-        if not results["n_tokens"]:
+        if not found["n_tokens"]:
             why = "no token of the held-out text is kept"
         elif undefined == ["loss_recovered"]:
             why = "zero ablation changes the cross-entropy by less than 1e-6 nats"
         else:
             why = "no prediction kept, all activations equal, or reconstruction not finite"
         say(f"warning: {', '.join(undefined)} undefined and written as null: {why}.")
-    if results["loss_recovered"] is not None and results["ce_zero_ablation"] < results["ce_clean"]:
+    if found["loss_recovered"] is not None and found["ce_zero_ablation"] < found["ce_clean"]:
         say("warning: zero ablation lowers the cross-entropy, so loss_recovered means nothing.")
-    return {name: None if name in undefined else value for name, value in results.items()}
+    return dict.fromkeys(undefined, why)

@@ -23,8 +23,8 @@ from topkapi.data.language_model import LanguageModel
 from topkapi.data.tokens import TokenFile
 from topkapi.errors import TopkapiError
 from topkapi.evaluate.downstream import LOGIT_ELEMENTS
-from topkapi.evaluate.intervals import Estimate, bootstrap_mean
 from topkapi.model import Autoencoder
+from topkapi.statistics.intervals import Estimate, bootstrap_mean
 
 N_POSITIONS = 16  # T of Gao et al. 2024
 

@@ -8,10 +8,11 @@ Logits live for one batch and one pass, the clean ones for all; log-softmaxes fo
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from topkapi.config import DataConfig
@@ -19,12 +20,26 @@ from topkapi.console import progress
 from topkapi.data.activations import kept_positions
 from topkapi.data.language_model import LanguageModel
 from topkapi.data.tokens import TokenFile
+from topkapi.evaluate.sampling import ResampledSums
 from topkapi.model import Autoencoder
+from topkapi.statistics.intervals import Estimate, estimate
 
 LOGIT_ELEMENTS = 2**26  # of one batch, 256 MiB of float32: 4 contexts of 64 tokens at 262,144 words
 GAP = 1e-6  # nats; two float32 cross-entropies that differ by less do not differ
 
 Substitute = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Each loss of one autoencoder: its value, and 200 of contexts drawn anew."""
+
+    replicates: dict[str, Float64[np.ndarray, " replicates"]]
+    n_contexts: int
+
+    def estimates(self) -> dict[str, Estimate]:
+        """Values with intervals; undefined where not finite."""
+        return {name: estimate(replicates, self.n_contexts) for name, replicates in self.replicates.items()}
 
 
 def downstream_losses(
@@ -34,32 +49,31 @@ def downstream_losses(
     context_ids: Int[np.ndarray, " contexts"],
     config: DataConfig,
     mean_activation: Float[Tensor, " d_model"],
-) -> list[dict[str, float]]:
+) -> list[Losses]:
     """The cross-entropies, kl and loss_recovered of each autoencoder, as `topkapi.evaluate` defines them.
 
-    All are means over the predictions that `predicting` selects. NaN where undefined: all of them
-    when there is no such prediction, loss_recovered also when zero ablation changes the loss by
-    less than 1e-6 nats. Cost: three passes of the whole language model over the contexts, and one more an autoencoder.
+    All are means over the predictions that `predicting` selects, resampled by context. NaN are all of them when there is no such prediction, and loss_recovered also when zero ablation changes the
+    loss by less than 1e-6 nats. Cost: three passes of the whole language model over the contexts, and one more an
+    autoencoder.
     """
-    totals = torch.zeros(3 + 2 * len(aes), dtype=torch.float64)
-    n_predictions = 0
+    sums = ResampledSums(4 + 2 * len(aes))
     with progress("downstream loss", len(context_ids) * config.context) as meter:
         start, size = 0, 1  # one context first: its logits tell how many fit
         while start < len(context_ids):
             tokens = token_file.context_tokens(context_ids[start : start + size], config.context)
             keep = kept_positions(tokens, config, lm.special_ids)
-            sums, n_vocabulary = _batch_sums(aes, lm, tokens, keep, mean_activation)
-            totals += sums
-            n_predictions += int(predicting(keep).sum())
+            of_contexts, n_vocabulary = _batch_sums(aes, lm, tokens, keep, mean_activation)
+            sums.add(of_contexts)
             start += len(tokens)
             size = min(lm.batch_contexts, max(1, LOGIT_ELEMENTS // (config.context * n_vocabulary)))
             meter.advance(tokens.numel())
-    means = totals / n_predictions if n_predictions else totals * math.nan
-    names, found = ("ce_clean", "ce_spliced", "ce_zero_ablation", "ce_mean_ablation", "kl"), []
-    clean, zero, mean = means[:3].tolist()
-    for spliced, kl in means[3:].unflatten(0, (-1, 2)).tolist():
-        losses = dict(zip(names, (clean, spliced, zero, mean, kl), strict=True))
-        found.append(losses | {"loss_recovered": loss_recovered(losses)})
+    n_predictions, *totals = sums.sums.T
+    clean, zero, mean, *rest = (total / n_predictions for total in totals)
+    shared = {"ce_clean": clean, "ce_zero_ablation": zero, "ce_mean_ablation": mean}
+    found = []
+    for spliced, kl in zip(rest[::2], rest[1::2], strict=True):
+        of_one = shared | {"ce_spliced": spliced, "kl": kl, "loss_recovered": loss_recovered(clean, spliced, zero)}
+        found.append(Losses({name: replicates.numpy() for name, replicates in of_one.items()}, sums.n))
     return found
 
 
@@ -71,17 +85,17 @@ def predicting(keep: Bool[Tensor, "b context"]) -> Bool[Tensor, "b context-1"]:
     return keep[:, :-1]
 
 
-def loss_recovered(losses: dict[str, float]) -> float:
-    """(ce_zero_ablation - ce_spliced) / (ce_zero_ablation - ce_clean).
+def loss_recovered(
+    clean: Float64[Tensor, " n"], spliced: Float64[Tensor, " n"], zero: Float64[Tensor, " n"]
+) -> Float64[Tensor, " n"]:
+    """(zero - spliced) / (zero - clean), of cross-entropies, zero that of zero ablation.
 
     NaN when the denominator is below 1e-6 nats. 1: splicing costs nothing. 0: as bad as zeroing the
     site. Not a share, and above 1 or below 0, when splicing is better than clean or worse than
     zeroing; without meaning when zeroing helps the language model (`evaluate` warns).
     """
-    gap = losses["ce_zero_ablation"] - losses["ce_clean"]
-    if not abs(gap) >= GAP:
-        return math.nan
-    return (losses["ce_zero_ablation"] - losses["ce_spliced"]) / gap
+    gap = zero - clean
+    return torch.where(gap.abs() >= GAP, (zero - spliced) / gap, math.nan)
 
 
 def replaced_at(keep: Bool[Tensor, "b context"], substitute: Substitute) -> Substitute:
@@ -106,15 +120,18 @@ def _batch_sums(
     tokens: Int[Tensor, "b context"],
     keep: Bool[Tensor, "b context"],
     mean_activation: Float[Tensor, " d_model"],
-) -> tuple[Float[Tensor, " sums"], int]:
-    """Sums over the batch's predictions (clean, zero, mean; spliced and KL of each autoencoder); vocabulary size."""
+) -> tuple[Float64[Tensor, "b sums"], int]:
+    """Each context's predictions, and sums over them: clean, zero, mean; spliced and KL of each autoencoder.
+
+    And the vocabulary's size.
+    """
 
     def mean(raw: Tensor) -> Tensor:
         return mean_activation.to(raw.device).expand_as(raw)
 
     mask = predicting(keep)
     clean = lm.logits(tokens)
-    sums = [_cross_entropy(clean, tokens, mask)]
+    sums = [mask.sum(1).tolist(), _cross_entropy(clean, tokens, mask)]
     sums += [
         _cross_entropy(lm.logits(tokens, replaced_at(keep, substitute)), tokens, mask)
         for substitute in (torch.zeros_like, mean)
@@ -127,34 +144,34 @@ def _batch_sums(
         logits = lm.logits(tokens, replaced_at(keep, spliced))
         sums += [_cross_entropy(logits, tokens, mask), _kl(clean, logits, mask)]
         del logits  # before the next ones are made
-    return torch.tensor(sums, dtype=torch.float64), clean.shape[-1]
+    return torch.tensor(sums, dtype=torch.float64).T.contiguous(), clean.shape[-1]
 
 
 def _cross_entropy(
     logits: Float[Tensor, "b context vocabulary"],
     tokens: Int[Tensor, "b context"],
     mask: Bool[Tensor, "b context-1"],
-) -> float:
-    """Sum of -log p(next token) over the masked positions, in nats."""
-    total = 0.0
+) -> list[float]:
+    """Each context's sum of -log p(next token) over the masked positions, in nats."""
+    sums = []
     for row, ids, where in zip(logits, tokens.to(logits.device), mask.to(logits.device), strict=True):
         log_p = row[:-1][where].float().log_softmax(-1)
-        total -= log_p.gather(1, ids[1:][where][:, None]).sum(dtype=torch.float64).item()
-    return total
+        sums.append(-log_p.gather(1, ids[1:][where][:, None]).sum(dtype=torch.float64))
+    return torch.stack(sums).tolist()
 
 
 def _kl(
     clean: Float[Tensor, "b context vocabulary"],
     other: Float[Tensor, "b context vocabulary"],
     mask: Bool[Tensor, "b context-1"],
-) -> float:
-    """Sum of KL(clean || other) over the masked positions, in nats."""
-    total = 0.0
+) -> list[float]:
+    """Each context's sum of KL(clean || other) over the masked positions, in nats."""
+    sums = []
     for row, other_row, where in zip(clean, other, mask.to(clean.device), strict=True):
         log_p = row[:-1][where].float().log_softmax(-1)
         log_q = other_row[:-1][where].float().log_softmax(-1)
         p = log_p.exp()
         # words masked with -inf logits have p = 0 and would give 0 x nan
         terms = torch.where(p > 0, p * (log_p - log_q), 0)
-        total += terms.sum(dtype=torch.float64).item()
-    return total
+        sums.append(terms.sum(dtype=torch.float64))
+    return torch.stack(sums).tolist()

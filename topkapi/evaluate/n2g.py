@@ -27,9 +27,9 @@ from topkapi.config import DataConfig
 from topkapi.data.activations import kept_positions
 from topkapi.data.language_model import LanguageModel
 from topkapi.errors import TopkapiError
-from topkapi.evaluate.intervals import Estimate, bootstrap_mean
-from topkapi.evaluate.reconstruction import CHUNK_ELEMENTS
+from topkapi.evaluate.sampling import CHUNK_ELEMENTS
 from topkapi.model import Autoencoder
+from topkapi.statistics.intervals import Estimate, bootstrap_mean
 
 SHARE = 0.5  # of an activation that a shortened or padded text must keep
 N_EXAMPLES = 16

@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from topkapi.errors import TopkapiError
-from topkapi.evaluate.sampling import Estimate, ResampledSums, chunks, estimate
+from topkapi.evaluate.sampling import ResampledSums, chunks
 from topkapi.model import Autoencoder
+from topkapi.statistics.intervals import Estimate, estimate
 
 RIDGE = 1e-6  # see `fit_probes`
 PROBED_ELEMENTS = 2**18  # activations fitted at once, 2 MiB of float64: a third of the time of 2**21 on a CPU
@@ -289,10 +290,8 @@ def _newton_step(z: Tensor, weight: Tensor, positive: Tensor, point: Tensor) -> 
 class ProbeLoss:
     """The mean over tasks of the loss on test examples, in nats, and each task's."""
 
-    mean: Estimate | None
-    tasks: dict[str, Estimate | None]
-    reason: str
-    """Why the mean is None; empty if it is not."""
+    mean: Estimate
+    tasks: dict[str, Estimate]
 
 
 def probe_loss(probes: Mapping[str, TaskProbe], seed: int = 0) -> ProbeLoss:
@@ -306,15 +305,15 @@ def probe_loss(probes: Mapping[str, TaskProbe], seed: int = 0) -> ProbeLoss:
     """
     if not probes:
         raise TopkapiError("Probe loss needs at least one task; got none.")
-    tasks, means = {}, []
+    tasks, means, n = {}, [], 0
     for number, (name, probe) in enumerate(probes.items()):
-        tasks[name] = None
+        tasks[name] = Estimate(None, None, None, probe.n_test, "no latent fires on a training example")
         if probe.test_losses is not None:
             sums = ResampledSums(2, seed=seed + number)
             sums.add(torch.stack([torch.ones_like(probe.test_losses), probe.test_losses], 1))
             means.append(sums.sums[:, 1] / sums.sums[:, 0])
-            tasks[name] = estimate(means[-1])
-    silent = [name for name, probe in probes.items() if probe.test_losses is None]
-    if silent:
-        return ProbeLoss(None, tasks, f"no latent fires on a training example of {', '.join(silent)}")
-    return ProbeLoss(estimate(torch.stack(means).mean(0)), tasks, "")
+            tasks[name], n = sums.estimate(means[-1]), n + sums.n
+    if silent := [name for name, found in tasks.items() if found.value is None]:
+        why = f"no latent fires on a training example of {', '.join(silent)}"
+        return ProbeLoss(Estimate(None, None, None, n, why), tasks)
+    return ProbeLoss(estimate(torch.stack(means).mean(0).numpy(), n), tasks)
