@@ -290,18 +290,20 @@ def test_a_silent_latent_is_undefined():
 
 def test_the_padding_token_is_one_token_or_an_error():
     class Tokenizer:
-        def __init__(self, ids):
-            self.ids = ids
+        def __init__(self, *ids):
+            self.ids = dict(zip([" _", "_"], ids, strict=True))
 
         def encode(self, text, add_special_tokens):
-            assert (text, add_special_tokens) == (" _", False)
-            return self.ids
+            assert not add_special_tokens
+            return self.ids[text]
 
     lm = random_model()
-    lm.name, lm.tokenizer = "some", Tokenizer([4808])
+    lm.name, lm.tokenizer = "some", Tokenizer([4808], [7])
     assert padding_token_of(lm) == 4808
-    lm.tokenizer = Tokenizer([1, 2])
-    with pytest.raises(TopkapiError, match="splits ' _' into 2 tokens"):
+    lm.tokenizer = Tokenizer([1, 7], [7])
+    assert padding_token_of(lm) == 7
+    lm.tokenizer = Tokenizer([1, 2, 3], [1, 2])
+    with pytest.raises(TopkapiError, match="splits '_' into 2 tokens"):
         padding_token_of(lm)
 
 

@@ -2,7 +2,7 @@
 
 Per small batch of contexts, forward passes that differ in the activations at the kept positions of the site: clean
 (its own), zero (0), mean (one mean activation), and spliced (an autoencoder's reconstruction, scaled back) once for
-each autoencoder. Other positions (the first of a context, special tokens) keep their own activations in all of them.
+each splice. Other positions (the first of a context, special tokens) keep their own activations in all of them.
 Logits live for one batch and one pass, the clean ones for all; log-softmaxes for one context at a time.
 """
 
@@ -21,7 +21,6 @@ from topkapi.data.activations import kept_positions
 from topkapi.data.language_model import LanguageModel
 from topkapi.data.tokens import TokenFile
 from topkapi.evaluate.sampling import ResampledSums
-from topkapi.model import Autoencoder
 from topkapi.statistics.intervals import Estimate, estimate
 
 LOGIT_ELEMENTS = 2**26  # of one batch, 256 MiB of float32: 4 contexts of 64 tokens at 262,144 words
@@ -32,7 +31,7 @@ Substitute = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Losses:
-    """Each loss of one autoencoder: its value, and 200 of contexts drawn anew."""
+    """Each loss of one splice: its value, and 200 of contexts drawn anew."""
 
     replicates: dict[str, Float64[np.ndarray, " replicates"]]
     n_contexts: int
@@ -43,26 +42,27 @@ class Losses:
 
 
 def downstream_losses(
-    aes: Sequence[Autoencoder],
+    splices: Sequence[Substitute],
     lm: LanguageModel,
     token_file: TokenFile,
     context_ids: Int[np.ndarray, " contexts"],
     config: DataConfig,
     mean_activation: Float[Tensor, " d_model"],
 ) -> list[Losses]:
-    """The cross-entropies, kl and loss_recovered of each autoencoder, as `topkapi.evaluate` defines them.
+    """The cross-entropies, kl and loss_recovered of each splice, as `topkapi.evaluate` defines them.
 
-    All are means over the predictions that `predicting` selects, resampled by context. NaN are all of them when there is no such prediction, and loss_recovered also when zero ablation changes the
-    loss by less than 1e-6 nats. Cost: three passes of the whole language model over the contexts, and one more an
-    autoencoder.
+    A splice, an autoencoder say, maps raw activations at kept positions, batch after batch, to what goes on instead.
+    All are means over the predictions that `predicting` selects, resampled by context. NaN are all of them when there
+    is no such prediction, and loss_recovered also when zero ablation changes the loss by less than 1e-6 nats. Cost:
+    three passes of the whole language model over the contexts, and one more a splice.
     """
-    sums = ResampledSums(4 + 2 * len(aes))
+    sums = ResampledSums(4 + 2 * len(splices))
     with progress("downstream loss", len(context_ids) * config.context) as meter:
         start, size = 0, 1  # one context first: its logits tell how many fit
         while start < len(context_ids):
             tokens = token_file.context_tokens(context_ids[start : start + size], config.context)
             keep = kept_positions(tokens, config, lm.special_ids)
-            of_contexts, n_vocabulary = _batch_sums(aes, lm, tokens, keep, mean_activation)
+            of_contexts, n_vocabulary = _batch_sums(splices, lm, tokens, keep, mean_activation)
             sums.add(of_contexts)
             start += len(tokens)
             size = min(lm.batch_contexts, max(1, LOGIT_ELEMENTS // (config.context * n_vocabulary)))
@@ -107,7 +107,8 @@ def replaced_at(keep: Bool[Tensor, "b context"], substitute: Substitute) -> Subs
     def replace(activations: Tensor) -> Tensor:
         where = keep.to(activations.device)
         out = activations.clone()
-        out[where] = substitute(activations[where].float()).to(out.device, out.dtype)
+        if where.any():
+            out[where] = substitute(activations[where].float()).to(out.device, out.dtype)
         return out
 
     return replace
@@ -115,13 +116,13 @@ def replaced_at(keep: Bool[Tensor, "b context"], substitute: Substitute) -> Subs
 
 @torch.no_grad()
 def _batch_sums(
-    aes: Sequence[Autoencoder],
+    splices: Sequence[Substitute],
     lm: LanguageModel,
     tokens: Int[Tensor, "b context"],
     keep: Bool[Tensor, "b context"],
     mean_activation: Float[Tensor, " d_model"],
 ) -> tuple[Float64[Tensor, "b sums"], int]:
-    """Each context's predictions, and sums over them: clean, zero, mean; spliced and KL of each autoencoder.
+    """Each context's predictions, and sums over them: clean, zero, mean; spliced and KL of each splice.
 
     And the vocabulary's size.
     """
@@ -136,12 +137,8 @@ def _batch_sums(
         _cross_entropy(lm.logits(tokens, replaced_at(keep, substitute)), tokens, mask)
         for substitute in (torch.zeros_like, mean)
     ]
-    for ae in aes:
-
-        def spliced(raw: Tensor, ae: Autoencoder = ae) -> Tensor:
-            return ae(raw.to(ae.W_dec.device)) if len(raw) else raw
-
-        logits = lm.logits(tokens, replaced_at(keep, spliced))
+    for splice in splices:
+        logits = lm.logits(tokens, replaced_at(keep, splice))
         sums += [_cross_entropy(logits, tokens, mask), _kl(clean, logits, mask)]
         del logits  # before the next ones are made
     return torch.tensor(sums, dtype=torch.float64).T.contiguous(), clean.shape[-1]

@@ -112,7 +112,8 @@ def jump_relu_recovery(
         z = pre_acts  where pre_acts > threshold, else 0
 
     `x` is (n, d_model) of normalised activations, others than those of `calibrate_thresholds`, or an iterable of such
-    blocks; `contexts` as in `progressive_recovery`. Cost: all pre-activations, and 2 n m d_model flops, m the largest number of latents of a token.
+    blocks; `contexts` as in `progressive_recovery`. Cost: all pre-activations, and 2 n m d_model flops, m the largest
+    number of latents of a token.
 
     Raises:
         TopkapiError: no threshold, one below 0, or x has another shape.

@@ -64,7 +64,8 @@ def refinement(
     """Normalized MSE before and after refinement, and how the values change, for normalised activations.
 
     `x` is (n, d_model) or an iterable of such blocks; `seed` that of the bootstrap, which draws contexts where
-    `contexts` says which one each token is of, and otherwise tokens. Cost a token with m active latents: encoding, 2 m^2 d_model flops for the Gram matrix and some 5 m^3 / 3 for the solver.
+    `contexts` says which one each token is of, and otherwise tokens. Cost a token with m active latents: encoding,
+    2 m^2 d_model flops for the Gram matrix and some 5 m^3 / 3 for the solver.
 
     Raises:
         TopkapiError: x has another shape.
