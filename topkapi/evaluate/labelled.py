@@ -4,7 +4,12 @@
 2. Of each source of texts, which several tasks may share, some are drawn at random, the classes in their shares.
 3. The language model reads each text from its beginning, up to one context of it; positions that training leaves out
    are left out. Each latent's largest value over a text is its activation on it.
-4. `probe_task` fits and tests, for latents and for channels.
+4. `probe_task` fits on one half of the texts and tests on the other, for latents and for channels.
+
+The ridge is 1 / n_train, that of a unit normal prior of the standardised weight: with a few hundred texts the best of
+4 096 latents is otherwise sure of itself and wrong. Measured on 400 text messages (SmolLM2's layer 10): test loss 0.67
+nats with a ridge of 1e-6, 0.09 with 1 / n_train, 0.39 for the classes' shares; it makes no difference to movie reviews,
+whose best latents fire on many texts.
 """
 
 from collections.abc import Iterator
@@ -25,7 +30,7 @@ from topkapi.evaluate.probes import ProbeLoss, TaskProbe, encode_examples, probe
 from topkapi.evaluate.tasks import TASKS, Task, task
 from topkapi.model import Autoencoder
 
-FEWEST = 4  # texts of each class, where there are so many
+FEWEST = 20  # texts of each class, where there are so many
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,9 @@ def probe_tasks(ae: Autoencoder, lm: LanguageModel, config: DataConfig, n_texts:
             continue
         for name, of_task in zip(group, labels[drawn[order]].T, strict=True):
             try:
-                found, baseline = (probe_task(code, of_task.contiguous(), seed=seed) for code in codes)
+                found, baseline = (
+                    probe_task(code, of_task.contiguous(), seed=seed, ridge=2 / len(drawn)) for code in codes
+                )
             except TopkapiError as error:
                 left_out[name] = str(error)
                 continue

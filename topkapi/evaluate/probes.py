@@ -202,7 +202,7 @@ def _training_examples(labels: Tensor, n_examples: int, test_share: float, seed:
 
 
 def _fit_latents(
-    codes: ExampleCodes, labels: Bool[Tensor, " n_examples"], train: Bool[Tensor, " n_examples"], ridge: float
+    codes: ExampleCodes, labels: Bool[Tensor, " n_examples"], train: Bool[Tensor, " n_examples"], ridge: float = RIDGE
 ) -> tuple[Float64[Tensor, " n_latents"], Float64[Tensor, " n_latents"], Float64[Tensor, " n_latents"]]:
     """Weight, bias and training loss of every latent's probe; loss inf where it fires on no training example.
 
