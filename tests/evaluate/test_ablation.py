@@ -25,7 +25,7 @@ from tests.evaluate.stand_ins import (
 from topkapi.config import DataConfig
 from topkapi.errors import TopkapiError
 from topkapi.evaluate import ablation
-from topkapi.evaluate.ablation import AblationSparsity, ablation_sparsity, effect_sparsity
+from topkapi.evaluate.ablation import AblationSparsity, ablation_sparsity, effect_sparsity, in_float32
 from topkapi.statistics.intervals import bootstrap_mean
 
 CONTEXT, T = 7, 3
@@ -199,3 +199,27 @@ def test_a_language_model_in_bf16_is_refused():
     lm = RunningMeanModel(torch.randn(6, D_MODEL).bfloat16(), torch.randn(D_MODEL, 6).bfloat16())
     with pytest.raises(TopkapiError, match=r"lm\.model\.float"):
         ablation_sparsity(random_autoencoder(), lm, token_file(random_tokens(CONTEXT)), np.arange(1), CONFIG, T)
+
+
+def test_some_of_the_latents_are_a_sample_of_all():
+    ae, lm = random_autoencoder(n_latents=20, k=6), random_model()
+    file, rest = token_file(random_tokens(20 * CONTEXT)), (np.arange(20), CONFIG, T)
+    whole, some = ablation_sparsity(ae, lm, file, *rest), ablation_sparsity(ae, lm, file, *rest, most=2)
+    assert np.array_equal(np.unique(whole.tokens), np.unique(some.tokens))
+    assert np.unique(some.tokens, return_counts=True)[1].max() == 2
+    of_all = {(t, i): s for t, i, s in zip(whole.tokens, whole.latents, whole.sparsity, strict=True)}
+    found = {(t, i): s for t, i, s in zip(some.tokens, some.latents, some.sparsity, strict=True)}
+    assert found == pytest.approx({key: of_all[key] for key in found}, nan_ok=True)
+    assert len(np.unique(some.latents)) > 3
+
+
+def test_a_language_model_is_float32_for_a_while_and_then_itself():
+    lm = random_model()
+    lm.model = torch.nn.Linear(3, 2).bfloat16()
+    before = {name: it.clone() for name, it in lm.model.state_dict().items()}
+    with pytest.raises(KeyError), in_float32(lm):
+        assert lm.model(torch.ones(1, 3)).dtype == torch.float32
+        raise KeyError
+    for name, it in lm.model.state_dict().items():
+        assert it.dtype == torch.bfloat16
+        assert torch.equal(it, before[name])

@@ -1,7 +1,7 @@
 """Every metric of `topkapi eval --all` on a stand-in: scale, gaps and budgets.
 
-Mutations seen caught: thresholds calibrated on the half that they are measured on; an effect that is not scaled back to
-raw; gaps of a dead autoencoder written as 0; a ReLU autoencoder's k taken for one.
+Mutations seen caught: thresholds calibrated on the half that they are measured on; activations normalised as by another
+autoencoder; a simulated value that is not scaled; gaps of a dead autoencoder as zeros; a ReLU autoencoder's k taken.
 """
 
 import json
@@ -17,6 +17,7 @@ from topkapi.errors import TopkapiError
 from topkapi.evaluate import evaluate_all, labelled, measures, spread_contexts
 from topkapi.evaluate.control import channels
 from topkapi.evaluate.measures import MEASURES, Subject, measure
+from topkapi.evaluate.n2g import Explanation
 from topkapi.evaluate.progressive import calibrate_thresholds, jump_relu_recovery
 from topkapi.evaluate.refinement import refinement
 from topkapi.evaluate.table import remarks, rows
@@ -192,7 +193,7 @@ def test_what_cannot_be_had_is_an_error_that_says_why(change, gaps):
             failed[name] = str(error)
             continue
         if name == "probes" and change == "dead":
-            failed[name] = found["mean"]["reason"]
+            (failed[name],) = {line for line in remarks({name: found}) if line.startswith("probes, mean: no latent")}
             assert found["mean"]["value"] is None
             continue
         values = [value for path, value in numbers(found).items() if path[-1] == "value"]
@@ -240,8 +241,17 @@ def test_texts_are_drawn_by_class_in_their_shares():
     assert sorted(labelled._draw(labels, 2000, 0).tolist()) == list(range(1000))
 
 
-def test_latents_that_are_explained_completely_cost_what_splicing_costs():
-    """Each word is a latent of its own, with one value: simulated activations are the real ones."""
+@pytest.mark.parametrize("strength", [1, 3])
+def test_latents_that_are_explained_completely_cost_what_splicing_costs(monkeypatch, strength):
+    """Each word is a latent of its own, with one value: simulated activations are the real ones once scaled."""
+    explain = measures.explain
+
+    def too_strong(*arguments, **options):
+        found = explain(*arguments, **options)
+        patterns = [pattern._replace(activation=strength * pattern.activation) for pattern in found.patterns]
+        return Explanation(patterns, found.n_examples)
+
+    monkeypatch.setattr(measures, "explain", too_strong)
     lm = language_model()
     x = Autoencoder.normalise(lm.embedding).x
     ae = Autoencoder(d_model=D_MODEL, n_latents=WORDS, k=1)

@@ -124,8 +124,12 @@ SECTIONS: dict[str, Callable[[Json], Iterator[Row]]] = {
 
 
 def remarks(results: Json) -> list[str]:
-    """A line for each gap, and for tasks that were left out."""
+    """A line for each gap, for each estimate that is undefined, and for tasks that were left out."""
     lines = [f"{name}: {reason}" for name, reason in results.get("gaps", {}).items()]
+    for section in SECTIONS:
+        for name, it in (results.get(section) or {}).items():
+            if isinstance(it, dict) and "value" in it and it["value"] is None:
+                lines.append(f"{section}, {name}: {it['reason']}")
     probes = results.get("probes")
     for reason in dict.fromkeys(probes["left_out"].values() if probes else ()):
         names = [name for name, it in probes["left_out"].items() if it == reason]
