@@ -266,7 +266,7 @@ def sweep_command(arguments: Sequence[str]) -> None:
 
 def eval_command(arguments: Sequence[str]) -> None:
     """topkapi eval RUN [--all] [--metrics NAME ...] [--tokens N]: measure a run on held-out text."""
-    from topkapi.demo import Asked, evaluate_run, print_table
+    from topkapi.evaluation import Asked, evaluate_run, print_table
     from topkapi.train import saved_config
 
     if not arguments or {"-h", "--help"} & set(arguments):

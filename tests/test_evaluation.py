@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.command_line import one_line
-from topkapi import demo
+from topkapi import evaluation
 from topkapi.cli import main
 from topkapi.evaluate import LATENTS, METRICS, measures
 from topkapi.evaluate.measures import MEASURES
@@ -46,10 +46,10 @@ def calls(monkeypatch):
         names.append(name)
         return {"left_out": {}}
 
-    evaluate_all = demo.evaluate_all
-    monkeypatch.setattr(demo, "measure", record)
-    monkeypatch.setattr(demo, "evaluate_all", lambda *rest: names.append("base") or evaluate_all(*rest))
-    monkeypatch.setattr(demo, "print_table", lambda _: None)
+    evaluate_all = evaluation.evaluate_all
+    monkeypatch.setattr(evaluation, "measure", record)
+    monkeypatch.setattr(evaluation, "evaluate_all", lambda *rest: names.append("base") or evaluate_all(*rest))
+    monkeypatch.setattr(evaluation, "print_table", lambda _: None)
     return names
 
 
@@ -78,7 +78,7 @@ def test_all_metrics_are_there_with_their_gaps(measured, capsys):
 @pytest.mark.parametrize("columns", [80, 140])
 def test_the_table_is_readable_and_says_what_is_missing(measured, capsys, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
-    demo.print_table(results(measured))
+    evaluation.print_table(results(measured))
     out = capsys.readouterr().out
     assert all(len(line) <= columns for line in out.splitlines())
     table = out.split("compute_equivalent:")[0].splitlines()
@@ -137,7 +137,7 @@ def test_a_mistake_of_ours_keeps_its_traceback_and_what_was_measured(run, monkey
     def fail(name, subject):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(demo, "measure", fail)
+    monkeypatch.setattr(evaluation, "measure", fail)
     with pytest.raises(ZeroDivisionError):
         main(["eval", str(run), *SMALL, "--metrics", "n2g", "--fresh"])
     found = results(run)
