@@ -5,13 +5,14 @@ Seen to fail when: a metric of other settings is kept; a gap is not tried again;
 
 import json
 import shutil
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from tests.command_line import one_line
 from topkapi import evaluation
-from topkapi.cli import main
+from topkapi.cli import Metric, main
 from topkapi.evaluate import LATENTS, METRICS, measures
 from topkapi.evaluate.measures import MEASURES
 from topkapi.train import train
@@ -55,6 +56,10 @@ def calls(monkeypatch):
 
 def results(run):
     return json.loads((run / "eval.json").read_text())
+
+
+def test_the_command_line_knows_all_metrics():
+    assert set(get_args(Metric)) == {*MEASURES, "compute_equivalent"}
 
 
 def test_all_metrics_are_there_with_their_gaps(measured, capsys):

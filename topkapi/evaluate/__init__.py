@@ -3,15 +3,16 @@
 1. `reconstruction`: how close and how sparse the reconstruction is, from activations alone.
 2. `downstream`: what the language model loses when it continues from the reconstruction.
 
-Not part of `evaluate`:
+`evaluate` measures these two. With the rest, `measures` makes the sections of `topkapi eval --all`, and `table` its rows:
 
 3. `contexts`: where a latent fires most strongly.
-4. `probes`: whether single latents tell known concepts, on the labelled texts of `tasks`.
+4. `probes`: whether single latents tell known concepts; `labelled` has the texts of `tasks` read for them.
 5. `refinement`: how far the values of active latents are from the best ones.
 6. `progressive`: normalized MSE over the number of latents, chosen per token or by a threshold.
 7. `n2g`: patterns of tokens that explain where a latent fires, with their precision and recall.
 8. `ablation`: the share of the next words' logits that a latent changes.
 9. `compute_equivalent`: the training compute that a spliced language model's loss is worth.
+10. `control`: the channels of the activation as an autoencoder, which 4 and 8 compare with.
 """
 
 import math
