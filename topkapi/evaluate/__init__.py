@@ -3,7 +3,7 @@
 1. `reconstruction`: how close and how sparse the reconstruction is, from activations alone.
 2. `downstream`: what the language model loses when it continues from the reconstruction.
 
-`evaluate` measures these two. With the rest, `measures` makes the sections of `topkapi eval --all`, and `table` its rows:
+`evaluate` measures these two. Of the rest `measures` makes the sections of `topkapi eval --all`, and `table` its rows:
 
 3. `contexts`: where a latent fires most strongly.
 4. `probes`: whether single latents tell known concepts; `labelled` has the texts of `tasks` read for them.
