@@ -17,7 +17,7 @@ ROOMS_OF_LAYER = {
     1: ["model", "loss", "exchange", "gradients", "statistics"],
     2: ["auxk", "step", "optim", "checkpoint", "formats", "data", "dead", "metrics"],
     3: ["train", "evaluate", "explore", "figures", "study", "scaling"],
-    4: ["cli", "recipes", "viewer", "demo", "bench", "sweep", "__main__", "__init__"],
+    4: ["cli", "recipes", "viewer", "demo", "evaluation", "bench", "sweep", "__main__", "__init__"],
 }
 LAYER = {room: layer for layer, rooms in ROOMS_OF_LAYER.items() for room in rooms}
 
@@ -31,7 +31,8 @@ SIDEWAYS = {
     "scaling": {"figures"},
     "study": {"evaluate"},
     "explore": {"evaluate", "study", "train"},
-    "cli": {"bench", "demo", "recipes", "sweep", "viewer"},
+    "cli": {"bench", "demo", "evaluation", "recipes", "sweep", "viewer"},
+    "demo": {"evaluation"},
     "viewer": {"sweep"},
     "__main__": {"cli"},
 }

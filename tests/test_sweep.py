@@ -14,7 +14,7 @@ from topkapi import checkpoint
 from topkapi.cli import main
 from topkapi.config import ModelConfig
 from topkapi.errors import TopkapiError
-from topkapi.evaluate import evaluate
+from topkapi.evaluate import LATENTS, evaluate, evaluate_all
 from topkapi.sweep import POINTS, SETTINGS, Point, read, running
 from topkapi.sweep.grid import Grid
 from topkapi.sweep.running import divide, print_table, sweep, training_flops
@@ -55,14 +55,14 @@ def trained(monkeypatch):
 
 @pytest.fixture
 def evaluated(monkeypatch):
-    """How many evaluations there were from here on."""
+    """The sizes that were evaluated together from here on."""
     calls = []
 
-    def record(*arguments):
-        calls.append(arguments[0].n_latents)
-        return evaluate(*arguments)
+    def record(aes, *arguments):
+        calls.append([ae.n_latents for ae in aes])
+        return evaluate_all(aes, *arguments)
 
-    monkeypatch.setattr(running, "evaluate", record)
+    monkeypatch.setattr(running, "evaluate_all", record)
     return calls
 
 
@@ -83,6 +83,7 @@ def assert_same_sweep(ours, theirs):
     assert (ours / POINTS).read_bytes() == (theirs / POINTS).read_bytes()
     for point in read(theirs):
         assert_same_run(ours / point.name, theirs / point.name)
+        assert (ours / point.name / LATENTS).read_bytes() == (theirs / point.name / LATENTS).read_bytes()
 
 
 def test_each_point_is_as_if_trained_and_evaluated_alone(swept, base, tmp_path):
@@ -130,19 +131,19 @@ def test_stopped_and_continued_equals_undisturbed(swept, base, tmp_path, trained
 def test_a_sweep_killed_while_it_evaluates_goes_on(swept, base, tmp_path, monkeypatch, trained, evaluated):
     folder = tmp_path / "sweep"
 
-    def fail(ae, *arguments):
-        if ae.k == 4:
+    def fail(aes, *arguments):
+        if aes[0].n_latents == 128:
             raise KeyboardInterrupt
-        return evaluate(ae, *arguments)
+        return evaluate_all(aes, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(running, "evaluate", fail)
+        patch.setattr(running, "evaluate_all", fail)
         with pytest.raises(KeyboardInterrupt):
-            sweep(base, SQUARE, folder)
-    assert [point.name for point in read(folder)] == NAMES[:1]
-    sweep(base, SQUARE, folder)
-    assert trained == [NAMES]
-    assert evaluated == [64, 128, 128]
+            sweep(base, SQUARE, folder, together=2)
+    assert [point.name for point in read(folder)] == NAMES[:2]
+    sweep(base, SQUARE, folder, together=2)
+    assert trained == [NAMES[:2], NAMES[2:]]
+    assert evaluated == [[128, 128]]
     assert_same_sweep(folder, swept)
 
 

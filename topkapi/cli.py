@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
@@ -31,6 +31,9 @@ from topkapi.scaling.quantities import parse_size
 from topkapi.sweep.grid import Grid, require_undecided
 
 Flat = Annotated[TrainConfig, tyro.conf.arg(name="")]
+Metric = Literal[
+    "compute_equivalent", "refinement", "progressive", "threshold", "ablation_sparsity", "n2g", "n2g_loss", "probes"
+]
 
 
 @dataclass(kw_only=True)
@@ -110,6 +113,27 @@ class Bench:
 
     out: Path = Path("runs/bench")
     """Folder that receives table.md, bench.json and pictures."""
+
+
+@dataclass(kw_only=True)
+class EvalOptions:
+    """Measure a run on held-out text, into RUN/eval.json: reconstruction and the language model's loss, and what else
+    is asked for. What was measured before with the same settings is kept."""
+
+    config: Annotated[EvalConfig, tyro.conf.arg(name="")]
+
+    all: bool = False
+    """All metrics but n2g_loss, which takes an explanation of every latent: several times the work."""
+
+    metrics: tuple[Metric, ...] = ()
+    """These metrics beside reconstruction and loss; docs/metrics.md defines each of them."""
+
+    reference: str = ""
+    """For compute_equivalent: file with a line of compute and loss in nats for each of two or more language models of
+    one family."""
+
+    fresh: bool = False
+    """Measure anew what eval.json holds already."""
 
 
 @dataclass(kw_only=True)
@@ -360,15 +384,21 @@ def sweep_command(arguments: Sequence[str]) -> None:
 
 
 def eval_command(arguments: Sequence[str]) -> None:
-    """topkapi eval RUN [--tokens N] [--downstream-tokens N]: measure a run on held-out text, into RUN/eval.json."""
-    from topkapi.demo import evaluate_run, print_table
+    """topkapi eval RUN [--all] [--metrics NAME ...] [--tokens N]: measure a run on held-out text."""
+    from topkapi.evaluation import Asked, evaluate_run, print_table
     from topkapi.train import saved_config
 
     if not arguments or {"-h", "--help"} & set(arguments):
-        _parse(EvalConfig, "topkapi eval RUN", ["--help"])
+        _parse(EvalOptions, "topkapi eval RUN", ["--help"], EvalOptions(config=EvalConfig()))
     name, *options = arguments
     run = Path(name)
-    print_table(evaluate_run(run, _parse(EvalConfig, f"topkapi eval {run}", options, saved_config(run).eval)))
+    default = EvalOptions(config=saved_config(run).eval)
+    command = _parse(EvalOptions, f"topkapi eval {run}", options, default)
+    metrics = {*command.metrics, *(set(get_args(Metric)) - {"n2g_loss"} if command.all else ())}
+    if command.reference:
+        metrics.add("compute_equivalent")
+    reference = Path(command.reference) if command.reference else None
+    print_table(evaluate_run(run, command.config, Asked(frozenset(metrics), reference, command.fresh)))
 
 
 def study_command(arguments: Sequence[str]) -> None:

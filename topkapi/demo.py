@@ -1,59 +1,27 @@
-"""Commands' bodies that end in something to read: evaluating a run, and the demo.
-
-The demo is the whole story on one screen: train on a real language model, evaluate on held-out text, show the
+"""The demo, the whole story on one screen: train on a real language model, evaluate on held-out text, show the
 contexts in which a few latents fire. Every step is skipped when its result is there already.
 """
 
-import json
 import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from topkapi.config import EvalConfig, StudyConfig, TrainConfig
+from topkapi.config import StudyConfig, TrainConfig
 from topkapi.console import say
-from topkapi.evaluate import evaluate
 from topkapi.evaluate.contexts import Strongest, choose_latents, format_contexts, strongest_contexts
+from topkapi.evaluation import evaluate_opened, print_table
 from topkapi.figures import draw_run, require_matplotlib
-from topkapi.files import write_text_atomic
 from topkapi.model import Autoencoder
 from topkapi.published import CONFIG
 from topkapi.study import write_study
 from topkapi.study.layout import STUDY
-from topkapi.train import Source, Text, load_run, open_source, open_text, train
+from topkapi.train import Source, Text, load_run, open_source, train
 
 STUDY_TOKENS = 16_000  # held-out tokens studied
-
-
-def evaluate_run(run: Path, settings: EvalConfig) -> dict[str, float | int | None]:
-    """The metrics of `topkapi.evaluate.evaluate` for a finished run, also written to RUN/eval.json.
-
-    The run's own settings are `saved_config(run).eval`.
-    """
-    ae, config = load_run(run)
-    return _evaluate(run, ae, open_text(config), config, settings)
-
-
-def _evaluate(
-    run: Path, ae: Autoencoder, text: Text, config: TrainConfig, settings: EvalConfig
-) -> dict[str, float | int | None]:
-    ae = ae.to(text.language_model.device)
-    results = evaluate(ae, text.language_model, text.splits.held_out, config.data, settings)
-    write_text_atomic(run / "eval.json", json.dumps(results, indent=2) + "\n")
-    return results
-
-
-def print_table(results: dict[str, float | int | None]) -> None:
-    """Print metrics as a table on stdout."""
-    table = Table("metric", "held-out", box=None)
-    for name, value in results.items():
-        table.add_row(
-            name, "undefined" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-        )
-    Console(highlight=False).print(table)
 
 
 def demo(config: TrainConfig, run: Path) -> None:
@@ -63,7 +31,7 @@ def demo(config: TrainConfig, run: Path) -> None:
     train([config], [run], resume=(run / CONFIG).exists())
     ae, config = load_run(run)
     source = open_source(config)
-    results = _evaluate(run, ae, source, config, config.eval)
+    results = evaluate_opened(run, ae, source, config, config.eval)
 
     found = strongest_contexts(ae, (source.blocks[i] for i in range(len(source.blocks))), config.data.context)
     width = None if sys.stdout.isatty() else 140  # piped, rich would break lines at 80
@@ -89,7 +57,7 @@ def _write_study(run: Path, ae: Autoencoder, text: Text, config: TrainConfig) ->
         write_study(run, ae, text.language_model, held_out, config.data, settings, run / "study")
 
 
-def _show(out: Console, source: Source, found: Strongest, results: dict[str, float | int | None]) -> None:
+def _show(out: Console, source: Source, found: Strongest, results: dict[str, Any]) -> None:
     """Print what a few latents fire on, what was read, and the metrics."""
     choice, counts = choose_latents(found), source.blocks.counts
     out.print(f"\nStrongest contexts in the training text. {choice.rule}\n", markup=False)

@@ -22,6 +22,7 @@ class RunningMeanModel(LanguageModel):
     def __init__(self, embedding: Tensor, unembedding: Tensor) -> None:
         self.embedding, self.unembedding = embedding, unembedding
         self.d_model, self.special_ids, self.batch_contexts = embedding.shape[1], {SPECIAL}, 32
+        self.model = torch.nn.Module()  # without parameters
         self.shapes: list[tuple[int, ...]] = []
 
     @property

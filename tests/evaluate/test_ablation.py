@@ -25,8 +25,8 @@ from tests.evaluate.stand_ins import (
 from topkapi.config import DataConfig
 from topkapi.errors import TopkapiError
 from topkapi.evaluate import ablation
-from topkapi.evaluate.ablation import AblationSparsity, ablation_sparsity, effect_sparsity
-from topkapi.evaluate.intervals import bootstrap_mean
+from topkapi.evaluate.ablation import AblationSparsity, ablation_sparsity, effect_sparsity, in_float32
+from topkapi.statistics.intervals import bootstrap_mean
 
 CONTEXT, T = 7, 3
 CONFIG = DataConfig(context=CONTEXT, shuffle_tokens=CONTEXT)
@@ -154,9 +154,9 @@ def test_means_over_tokens_and_over_latents_weigh_as_they_say():
         n_skipped=0,
     )
     tokens, latents = found.over_tokens(), found.over_latents()
-    assert (tokens.mean, tokens.n, tokens.n_undefined) == (pytest.approx((0.2 + 0.7) / 2), 2, 1)
-    assert (latents.mean, latents.n, latents.n_undefined) == (pytest.approx((0.4 + 0.3) / 2), 2, 1)
-    assert tokens.low <= tokens.mean <= tokens.high
+    assert (tokens.value, tokens.n) == (pytest.approx((0.2 + 0.7) / 2), 2)
+    assert (latents.value, latents.n) == (pytest.approx((0.4 + 0.3) / 2), 2)
+    assert tokens.low <= tokens.value <= tokens.high
 
 
 def test_intervals_are_of_tokens_as_effects_at_one_token_resemble_each_other():
@@ -164,8 +164,8 @@ def test_intervals_are_of_tokens_as_effects_at_one_token_resemble_each_other():
     found = AblationSparsity(
         tokens=np.repeat(np.arange(50), 8), latents=np.arange(400), sparsity=np.repeat(per_token, 8), n_skipped=0
     )
-    assert found.over_latents() == pytest.approx(bootstrap_mean(per_token.tolist()))
-    assert found.over_tokens() == pytest.approx(bootstrap_mean(per_token.tolist()))
+    assert found.over_latents()[:4] == pytest.approx(bootstrap_mean(per_token.tolist())[:4])
+    assert found.over_tokens()[:4] == pytest.approx(bootstrap_mean(per_token.tolist())[:4])
 
 
 def test_an_ablation_without_effect_is_undefined_and_never_zero():
@@ -174,7 +174,7 @@ def test_an_ablation_without_effect_is_undefined_and_never_zero():
     assert len(found.sparsity) > 0
     assert np.isnan(found.sparsity).all()
     estimate = found.over_tokens()
-    assert estimate.mean is None
+    assert estimate.value is None
     assert "none of the" in estimate.reason
 
 
@@ -184,7 +184,7 @@ def test_contexts_without_anything_to_ablate_are_counted():
         dead.latent_bias.fill_(-100)
     file = token_file(random_tokens(4 * CONTEXT))
     found = ablation_sparsity(dead, random_model(), file, np.arange(4), CONFIG, T)
-    assert (len(found.sparsity), found.n_skipped, found.over_latents().mean) == (0, 4, None)
+    assert (len(found.sparsity), found.n_skipped, found.over_latents().value) == (0, 4, None)
     special = token_file([SPECIAL] * CONTEXT)
     assert ablation_sparsity(random_autoencoder(), random_model(), special, np.arange(1), CONFIG, T).n_skipped == 1
 
@@ -199,3 +199,26 @@ def test_a_language_model_in_bf16_is_refused():
     lm = RunningMeanModel(torch.randn(6, D_MODEL).bfloat16(), torch.randn(D_MODEL, 6).bfloat16())
     with pytest.raises(TopkapiError, match=r"lm\.model\.float"):
         ablation_sparsity(random_autoencoder(), lm, token_file(random_tokens(CONTEXT)), np.arange(1), CONFIG, T)
+
+
+def test_some_of_the_latents_are_a_sample_of_all():
+    ae, lm = random_autoencoder(n_latents=20, k=6), random_model()
+    file, rest = token_file(random_tokens(20 * CONTEXT)), (np.arange(20), CONFIG, T)
+    whole, some = ablation_sparsity(ae, lm, file, *rest), ablation_sparsity(ae, lm, file, *rest, most=2)
+    assert np.array_equal(np.unique(whole.tokens), np.unique(some.tokens))
+    assert np.unique(some.tokens, return_counts=True)[1].max() == 2
+    of_all = {(t, i): s for t, i, s in zip(whole.tokens, whole.latents, whole.sparsity, strict=True)}
+    found = {(t, i): s for t, i, s in zip(some.tokens, some.latents, some.sparsity, strict=True)}
+    assert found == pytest.approx({key: of_all[key] for key in found}, nan_ok=True)
+    assert len(np.unique(some.latents)) > 3
+
+
+def test_a_language_model_is_float32_for_a_while_and_then_itself():
+    lm = random_model()
+    lm.model = torch.nn.Linear(3, 2).bfloat16()
+    before = {name: it.clone() for name, it in lm.model.state_dict().items()}
+    with in_float32(lm):
+        assert lm.model(torch.ones(1, 3)).dtype == torch.float32
+    for name, it in lm.model.state_dict().items():
+        assert it.dtype == torch.bfloat16
+        assert torch.equal(it, before[name])

@@ -9,7 +9,7 @@ import math
 import pytest
 
 from topkapi.errors import TopkapiError
-from topkapi.evaluate.compute_equivalent import compute_equivalent
+from topkapi.evaluate.compute_equivalent import compute_equivalent, read_curve, resampled
 
 LOG_LINE = [(10.0**i, 4 - 0.5 * i) for i in range(5)]  # a tenfold of compute for half a nat
 
@@ -55,3 +55,40 @@ def test_what_has_no_answer_is_an_error_of_one_line(curve, spliced, clean, messa
     with pytest.raises(TopkapiError, match=message) as error:
         compute_equivalent(curve, spliced, clean)
     assert "\n" not in str(error.value)
+
+
+def test_the_interval_is_of_shares_of_losses_drawn_together():
+    clean = [2.5, *(2.5 + i / 1000 for i in range(101))]
+    spliced = [3.0, *(loss + 0.5 + 0.1 * i / 100 for i, loss in enumerate(clean[1:]))]
+    found = resampled(LOG_LINE, spliced, clean, 7)
+    wanted = [10 ** (-2 * delta) for delta in (0.5, 0.5975, 0.5025)]
+    assert found[:4] == pytest.approx((*wanted, 7), rel=1e-3)
+    outside = resampled(LOG_LINE, [3.0, *[9.0] * 10, *spliced[11:]], clean, 7)
+    assert (outside.low, outside.high) == (None, None)
+    assert "outside the reference curve" in outside.reason
+
+
+@pytest.mark.parametrize(
+    "text", ["1e3,3\n1e4,2\n", "flops,loss\n1000 3  # small\n\n10000\t2\n", "# flops loss\n1000, 3\n1e4, 2"]
+)
+def test_a_curve_is_read_from_lines_of_two_numbers(tmp_path, text):
+    (tmp_path / "curve").write_text(text)
+    assert read_curve(tmp_path / "curve") == [(1000, 3), (10000, 2)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1e3,3\n1e4,2,1\n", "line 2: wanted two numbers"),
+        ("1e3,3\nsmall,2\n", "line 2: wanted two numbers"),
+        ("1e3,3\n", "needs two points"),
+        ("", "needs two points"),
+        ("1,3\n2,4\n", "must fall as compute grows"),
+    ],
+)
+def test_a_file_that_is_no_curve_is_an_error_of_one_line(tmp_path, text, message):
+    (tmp_path / "curve").write_text(text)
+    with pytest.raises(TopkapiError, match=message):
+        read_curve(tmp_path / "curve")
+    with pytest.raises(TopkapiError, match="cannot be read"):
+        read_curve(tmp_path / "none")

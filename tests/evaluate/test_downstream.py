@@ -33,7 +33,12 @@ MEAN = torch.tensor([0.5, -1.0, 2.0, 0.25])
 
 def losses(ae, lm, tokens, config=CONFIG):
     n = len(tokens) // config.context
-    return downstream_losses(ae, lm, token_file(tokens), np.arange(n), config, MEAN)
+    (found,) = downstream_losses([ae], lm, token_file(tokens), np.arange(n), config, MEAN)
+    return values(found)
+
+
+def values(found):
+    return {name: replicates[0] for name, replicates in found.replicates.items()}
 
 
 def by_hand(ae, lm, tokens):
@@ -71,6 +76,13 @@ def test_losses_equal_hand_computed_values(seed):
     ae, lm, tokens = random_autoencoder(seed=seed), random_model(seed), random_tokens(20 * CONTEXT, seed)
     found, wanted = losses(ae, lm, tokens), by_hand(ae, lm, tokens)
     assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_autoencoders_measured_together_are_measured_as_alone():
+    aes, lm, tokens = [random_autoencoder(seed=seed) for seed in range(3)], random_model(), random_tokens(50)
+    found = downstream_losses(aes, lm, token_file(tokens), np.arange(10), CONFIG, MEAN)
+    assert sum(shape[0] for shape in lm.shapes) == (3 + 3) * 10
+    assert [values(it) for it in found] == [losses(ae, lm, tokens) for ae in aes]
 
 
 def test_uniform_language_model_costs_the_log_of_its_vocabulary():
@@ -147,9 +159,27 @@ def test_without_predictions_everything_is_undefined():
 
 
 def test_loss_recovered_is_undefined_where_zero_ablation_changes_nothing():
-    same = {"ce_clean": 2.0, "ce_spliced": 2.5, "ce_zero_ablation": 2.0 + 1e-8}
-    assert math.isnan(loss_recovered(same))
-    assert loss_recovered(same | {"ce_zero_ablation": 4.0}) == 0.75
+    clean, spliced, zero = (torch.tensor(loss, dtype=torch.float64) for loss in ([2.0] * 2, [2.5] * 2, [2 + 1e-8, 4.0]))
+    found = loss_recovered(clean, spliced, zero).tolist()
+    assert math.isnan(found[0])
+    assert found[1] == 0.75
+
+
+def test_intervals_are_those_of_contexts_drawn_anew():
+    """Against the normal approximation for the mean of a language model's loss over 200 contexts."""
+    lm, tokens = random_model(), random_tokens(200 * CONTEXT)
+    (found,) = downstream_losses([random_autoencoder()], lm, token_file(tokens), np.arange(200), CONFIG, MEAN)
+    sums = []
+    for window in np.reshape(tokens, (-1, CONTEXT)):
+        keep = (window[:-1] != SPECIAL) & (np.arange(CONTEXT - 1) > 0)
+        log_p = lm.logits(torch.tensor(window[None]))[0].double().log_softmax(-1).numpy()
+        sums.append((keep.sum(), -(log_p[np.arange(CONTEXT - 1), window[1:]] * keep).sum()))
+    n, total = np.array(sums).T
+    mean = total.sum() / n.sum()
+    error = np.sqrt(((total - mean * n) ** 2).sum()) / n.sum()
+    ce = found.estimates()["ce_clean"]
+    assert (ce.value, ce.n) == (pytest.approx(mean, rel=1e-6), 200)
+    assert (ce.high - ce.low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.2)
 
 
 def test_training_goes_on_after_an_evaluation():

@@ -19,7 +19,7 @@ from tests.evaluate.stand_ins import (
     token_file,
 )
 from topkapi.config import DataConfig, EvalConfig
-from topkapi.evaluate import evaluate, spread_contexts
+from topkapi.evaluate import evaluate, evaluate_all, spread_contexts
 from topkapi.evaluate.downstream import downstream_losses
 
 CONFIG = DataConfig(context=5, shuffle_tokens=5)
@@ -48,8 +48,8 @@ def test_every_value_equals_its_definition():
     found = evaluate(ae, lm, token_file(tokens), CONFIG, EvalConfig(tokens=200, downstream_tokens=200))
     raw = lm.embedding[kept(tokens)].double()
     x, latents, recon, _ = reconstruct_by_hand(ae, raw.numpy())
-    downstream = downstream_losses(ae, lm, token_file(tokens), np.arange(40), CONFIG, raw.mean(0))
-    wanted = downstream | {
+    (downstream,) = downstream_losses([ae], lm, token_file(tokens), np.arange(40), CONFIG, raw.mean(0))
+    wanted = {name: replicates[0] for name, replicates in downstream.replicates.items()} | {
         "normalized_mse": ((x - recon) ** 2).sum() / ((x - x.mean(0)) ** 2).sum(),
         "l0": (latents > 0).sum(1).mean(),
         "dead_fraction": (~(latents > 0).any(0)).mean(),
@@ -57,6 +57,23 @@ def test_every_value_equals_its_definition():
     }
     assert list(found) == KEYS
     assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_autoencoders_evaluated_together_are_evaluated_as_alone(tmp_path):
+    aes = [random_autoencoder(), random_autoencoder(n_latents=333, k=3), random_autoencoder(activation="relu")]
+    rest = (random_model(), token_file(random_tokens(200)), CONFIG, EvalConfig(tokens=200, downstream_tokens=100))
+    found = evaluate_all(aes, *rest)
+    assert [it.metrics for it in found] == [evaluate(ae, *rest) for ae in aes]
+    assert evaluate_all([], *rest) == []
+    for ae, it in zip(aes, found, strict=True):
+        it.write_latents(tmp_path)
+        saved = np.load(tmp_path / "held_out.npz")
+        raw = random_model().embedding[kept(random_tokens(200))].double().numpy()
+        _, latents, _, _ = reconstruct_by_hand(ae, raw)
+        assert saved["n_fired"].dtype == np.int64
+        assert saved["n_fired"].tolist() == (latents > 0).sum(0).tolist()
+        assert saved["sum_squares"] == pytest.approx((latents**2).sum(0), rel=1e-5, abs=1e-9)
+        assert saved["n_tokens"] == len(raw) == it.metrics["n_tokens"]
 
 
 def test_result_is_strict_json():

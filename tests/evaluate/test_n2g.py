@@ -208,9 +208,9 @@ def test_means_over_latents_leave_undefined_values_out():
         return Score(precision, recall, None, 1, 1, 1, {})
 
     found = over_latents([of(0.5, None), of(1.0, 0.25), of(None, 0.75)])
-    assert (found["precision"].mean, found["precision"].n_undefined) == (0.75, 1)
-    assert (found["recall"].mean, found["recall"].n) == (0.5, 2)
-    assert found["f1"].mean is None
+    assert (found["precision"].value, found["precision"].n) == (0.75, 2)
+    assert (found["recall"].value, found["recall"].n) == (0.5, 2)
+    assert found["f1"].value is None
     assert found["recall"].low <= 0.5 <= found["recall"].high
 
 
@@ -262,7 +262,7 @@ def test_latents_of_single_tokens_are_explained_completely():
     found = [s for _, s in results if s.n_active]
     assert len(found) > 5
     assert all(s.precision == 1 for s in found)
-    assert over_latents(found)["recall"].mean > 0.9  # 16 examples may miss one of a latent's tokens
+    assert over_latents(found)["recall"].value > 0.9  # 16 examples may miss one of a latent's tokens
     assert found[0].n_tokens == int(kept_positions(held_out, config, lm.special_ids).sum())
 
 
@@ -290,18 +290,20 @@ def test_a_silent_latent_is_undefined():
 
 def test_the_padding_token_is_one_token_or_an_error():
     class Tokenizer:
-        def __init__(self, ids):
-            self.ids = ids
+        def __init__(self, *ids):
+            self.ids = dict(zip([" _", "_"], ids, strict=True))
 
         def encode(self, text, add_special_tokens):
-            assert (text, add_special_tokens) == (" _", False)
-            return self.ids
+            assert not add_special_tokens
+            return self.ids[text]
 
     lm = random_model()
-    lm.name, lm.tokenizer = "some", Tokenizer([4808])
+    lm.name, lm.tokenizer = "some", Tokenizer([4808], [7])
     assert padding_token_of(lm) == 4808
-    lm.tokenizer = Tokenizer([1, 2])
-    with pytest.raises(TopkapiError, match="splits ' _' into 2 tokens"):
+    lm.tokenizer = Tokenizer([1, 7], [7])
+    assert padding_token_of(lm) == 7
+    lm.tokenizer = Tokenizer([1, 2, 3], [1, 2])
+    with pytest.raises(TopkapiError, match="splits '_' into 2 tokens"):
         padding_token_of(lm)
 
 

@@ -73,7 +73,7 @@ def test_variance_of_tokens_that_lie_close_together():
     ae, raw = random_autoencoder(), torch.tensor([3.0, -1, 2, -4]) + 1e-3 * rows(4000)
     x = ae.normalise(raw).x.double().numpy()
     found = measure(ae, *raw.split(500))
-    assert found.squared_deviation.item() == pytest.approx(((x - x.mean(0)) ** 2).sum(), rel=1e-9)
+    assert found.sums.spread[0].item() == pytest.approx(((x - x.mean(0)) ** 2).sum(), rel=1e-9)
 
 
 def test_bfloat16_rows_are_computed_in_float32():

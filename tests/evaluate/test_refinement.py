@@ -179,16 +179,16 @@ def test_a_dead_autoencoder_has_no_ratio_and_says_why():
     with torch.no_grad():
         ae.latent_bias.fill_(-100)
     found = refinement(ae, normalised(20))
-    assert (found.mean_ratio, found.total_ratio) == (None, None)
+    assert (found.mean_ratio.value, found.total_ratio.value) == (None, None)
     assert found.reason == "no latent fires on any of the tokens"
     assert found.normalized_mse == found.normalized_mse_refined
 
 
 def test_without_tokens_or_spread_figures_are_none():
     found = refinement(identity_autoencoder(), [])
-    assert (found.normalized_mse, found.mean_ratio, found.reason) == (None, None, "no token was given")
+    assert (found.normalized_mse.value, found.mean_ratio.value, found.reason) == (None, None, "no token was given")
     found = refinement(identity_autoencoder(), normalised(1).expand(5, -1))
-    assert found.normalized_mse is None
+    assert found.normalized_mse.value is None
     assert "all tokens are the same" in found.reason
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.evaluate.stand_ins import D_MODEL, random_autoencoder
-from topkapi.evaluate.sampling import ResampledSums, TokenSums, chunks, estimate
+from topkapi.evaluate.sampling import ResampledSums, TokenSums, chunks
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -18,7 +18,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 def mean_of(rows: torch.Tensor, seed: int = 0):
     sums = ResampledSums(2, seed=seed)
     sums.add(torch.stack([torch.ones_like(rows), rows], 1))
-    return estimate(sums.sums[:, 1] / sums.sums[:, 0])
+    return sums.estimate(sums.sums[:, 1] / sums.sums[:, 0])
 
 
 def test_the_interval_of_a_mean_is_that_of_its_standard_error():
@@ -47,8 +47,21 @@ def test_the_spread_of_tokens_that_lie_close_together():
     assert sums.columns[0, 0].item() == pytest.approx(x[:, 0].sum().item(), rel=1e-12)
 
 
-def test_what_is_not_finite_is_none():
-    assert estimate(torch.tensor([torch.nan, 1, 2], dtype=torch.float64)) is None
+def test_tokens_of_one_context_are_drawn_together():
+    """Each context repeats one token 20 times: the interval is that of the 50 contexts, not of 1000 tokens."""
+    ae, n = random_autoencoder(), 50
+    x, z = draw(n, D_MODEL).repeat_interleave(20, 0), draw(n, seed=1)
+    sums = TokenSums(ae, 1, contexts=torch.arange(n).repeat_interleave(20))
+    tokens = TokenSums(ae, 1)
+    for start in range(0, 20 * n, 100):
+        part = slice(start, start + 100)
+        for each in (sums, tokens):
+            each.add(x[part], z.repeat_interleave(20)[part, None])
+    found, narrow = (each.estimate(each.columns[:, 0] / each.count) for each in (sums, tokens))
+    assert found.value == pytest.approx(z.mean().item(), abs=1e-12)
+    assert (found.n, narrow.n) == (n, 20 * n)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * z.std().item() / np.sqrt(n), rel=0.25)
+    assert (found.high - found.low) / (narrow.high - narrow.low) == pytest.approx(np.sqrt(20), rel=0.3)
 
 
 def test_chunks_hold_all_rows_once():

@@ -3,32 +3,38 @@
 1. `reconstruction`: how close and how sparse the reconstruction is, from activations alone.
 2. `downstream`: what the language model loses when it continues from the reconstruction.
 
-Not part of `evaluate`:
+`evaluate` measures these two. Of the rest `measures` makes the sections of `topkapi eval --all`, and `table` its rows:
 
 3. `contexts`: where a latent fires most strongly.
-4. `probes`: whether single latents tell known concepts, on the labelled texts of `tasks`.
+4. `probes`: whether single latents tell known concepts; `labelled` has the texts of `tasks` read for them.
 5. `refinement`: how far the values of active latents are from the best ones.
 6. `progressive`: normalized MSE over the number of latents, chosen per token or by a threshold.
 7. `n2g`: patterns of tokens that explain where a latent fires, with their precision and recall.
 8. `ablation`: the share of the next words' logits that a latent changes.
 9. `compute_equivalent`: the training compute that a spliced language model's loss is worth.
+10. `control`: the channels of the activation as an autoencoder, which 4 and 8 compare with.
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 
 from topkapi.config import DataConfig, EvalConfig
 from topkapi.console import progress, say
 from topkapi.data.activations import harvest
 from topkapi.data.language_model import LanguageModel
 from topkapi.data.tokens import TokenFile
-from topkapi.evaluate.downstream import downstream_losses
+from topkapi.evaluate.downstream import Losses, downstream_losses
 from topkapi.evaluate.reconstruction import ReconstructionMetrics
+from topkapi.files import write_atomic
 from topkapi.model import Autoencoder
 
 HARVEST_TOKENS = 8_192  # of text, harvested at once: bounds memory
+LATENTS = "held_out.npz"  # in a run folder, see `Evaluation.write_latents`
 METRICS = (
     "normalized_mse",
     "l0",
@@ -41,6 +47,35 @@ METRICS = (
     "loss_recovered",
     "n_tokens",
 )
+DOWNSTREAM = METRICS[3:9]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate_all` finds of one autoencoder."""
+
+    metrics: dict[str, float | int | None]
+    """As `evaluate` gives them."""
+    intervals: dict[str, tuple[float, float]]
+    """Of the metrics that have one: where each lies with 95 % probability, of drawing the contexts anew."""
+    gaps: dict[str, str]
+    """Why, for each metric that is None though it was asked for."""
+    losses: Losses | None
+    """Resampled; None without `downstream_tokens`."""
+    n_fired: Int64[np.ndarray, " n_latents"]
+    """Of the n_tokens tokens, those on which the latent has a value > 0."""
+    sum_squares: Float64[np.ndarray, " n_latents"]
+    """Sum of the squares of the latent's values over the n_tokens; divided by them it is the importance."""
+
+    def write_latents(self, run: Path) -> None:
+        """Write RUN/held_out.npz: the arrays n_fired, sum_squares and n_tokens (a single number)."""
+        arrays = {"n_fired": self.n_fired, "sum_squares": self.sum_squares, "n_tokens": self.metrics["n_tokens"]}
+
+        def save(path: Path) -> None:
+            with path.open("wb") as file:  # given a path, numpy would change its name
+                np.savez(file, **arrays)
+
+        write_atomic(run / LATENTS, save)
 
 
 def evaluate(
@@ -82,13 +117,44 @@ def evaluate(
     the last six are None without a warning. Cost: one pass up to the site over `tokens`, four whole
     passes over `downstream_tokens`.
     """
-    reconstruction = _reconstruct(ae, lm, token_file, data_config, eval_config.tokens)
-    results = dict.fromkeys(METRICS) | reconstruction.compute()
-    if eval_config.downstream_tokens:
+    (found,) = evaluate_all([ae], lm, token_file, data_config, eval_config)
+    return found.metrics
+
+
+def evaluate_all(
+    aes: Sequence[Autoencoder],
+    lm: LanguageModel,
+    token_file: TokenFile,
+    data_config: DataConfig,
+    eval_config: EvalConfig,
+) -> list[Evaluation]:
+    """What `evaluate` gives of each of several autoencoders of one site, and how often and how strongly latents fire.
+
+    The text is harvested once, and the passes of the language model that no autoencoder has a part in are shared: the
+    results are those of evaluating each alone.
+    """
+    reconstructions = _reconstruct(aes, lm, token_file, data_config, eval_config.tokens)
+    losses: Sequence[Losses | None] = [None] * len(aes)
+    if eval_config.downstream_tokens and len(aes):
         context_ids = spread_contexts(token_file, data_config.context, eval_config.downstream_tokens)
-        mean = reconstruction.mean_activation
-        results |= downstream_losses(ae, lm, token_file, context_ids, data_config, mean)
-    return _without_nan(results)
+        mean = reconstructions[0].mean_activation
+        losses = downstream_losses(aes, lm, token_file, context_ids, data_config, mean)
+    return [_evaluation(*found) for found in zip(reconstructions, losses, strict=True)]
+
+
+def _evaluation(reconstruction: ReconstructionMetrics, losses: Losses | None) -> Evaluation:
+    estimates = reconstruction.estimates() | (losses.estimates() if losses else {})
+    found = dict.fromkeys(METRICS) | reconstruction.compute() | {name: it.value for name, it in estimates.items()}
+    found = {name: None if value is None or math.isnan(value) else value for name, value in found.items()}
+    asked = [name for name in METRICS if losses or name not in DOWNSTREAM]
+    return Evaluation(
+        metrics=found,
+        intervals={name: (it.low, it.high) for name, it in estimates.items() if it.low is not None},
+        gaps=_gaps(found, [name for name in asked if found[name] is None]),
+        n_fired=reconstruction.n_fired.cpu().numpy(),
+        sum_squares=reconstruction.sum_squares.cpu().numpy(),
+        losses=losses,
+    )
 
 
 def spread_contexts(token_file: TokenFile, context: int, tokens: int) -> Int64[np.ndarray, " contexts"]:
@@ -103,31 +169,32 @@ def spread_contexts(token_file: TokenFile, context: int, tokens: int) -> Int64[n
 
 
 def _reconstruct(
-    ae: Autoencoder, lm: LanguageModel, token_file: TokenFile, config: DataConfig, tokens: int
-) -> ReconstructionMetrics:
-    """Metrics of `tokens` tokens of the file, harvested and dropped as in training."""
-    metrics = ReconstructionMetrics(ae)
+    aes: Sequence[Autoencoder], lm: LanguageModel, token_file: TokenFile, config: DataConfig, tokens: int
+) -> list[ReconstructionMetrics]:
+    """Each autoencoder's metrics of `tokens` tokens of the file, harvested and dropped as in training."""
+    metrics = [ReconstructionMetrics(ae) for ae in aes]
     context_ids = spread_contexts(token_file, config.context, tokens)
     with progress("reconstruction", len(context_ids) * config.context) as meter:
         step = max(1, HARVEST_TOKENS // config.context)
         for start in range(0, len(context_ids), step):
             group = context_ids[start : start + step]
             block, _ = harvest(lm, token_file, group, config, meter.advance)
-            metrics.update(block.x)
+            for found in metrics:
+                found.update(block.x, block.positions // config.context)
     return metrics
 
 
-def _without_nan(results: dict[str, float | int | None]) -> dict[str, float | int | None]:
-    """The results with None for NaN and infinities (JSON has neither), and one warning line."""
-    undefined = [name for name, value in results.items() if value is not None and not math.isfinite(value)]
+def _gaps(found: dict[str, float | int | None], undefined: list[str]) -> dict[str, str]:
+    """Why the undefined metrics are None (JSON has neither NaN nor infinity), after one warning line."""
+    why = ""
     if undefined:
-        if not results["n_tokens"]:
+        if not found["n_tokens"]:
             why = "no token of the held-out text is kept"
         elif undefined == ["loss_recovered"]:
             why = "zero ablation changes the cross-entropy by less than 1e-6 nats"
         else:
             why = "no prediction kept, all activations equal, or reconstruction not finite"
         say(f"warning: {', '.join(undefined)} undefined and written as null: {why}.")
-    if results["loss_recovered"] is not None and results["ce_zero_ablation"] < results["ce_clean"]:
+    if found["loss_recovered"] is not None and found["ce_zero_ablation"] < found["ce_clean"]:
         say("warning: zero ablation lowers the cross-entropy, so loss_recovered means nothing.")
-    return {name: None if name in undefined else value for name, value in results.items()}
+    return dict.fromkeys(undefined, why)

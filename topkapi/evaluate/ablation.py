@@ -6,9 +6,12 @@
 3. The effect is the change of all logits at this position and the T - 1 later ones, less its median at each position.
 4. `effect_sparsity` says which share of the V T logits that amounts to.
 
-Called by studies of a trained autoencoder; not part of `evaluate`.
+The same of the channels of the activation, one coordinate of x set to 0 at a time, is what it compares with: see
+`topkapi.evaluate.control`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +26,8 @@ from topkapi.data.language_model import LanguageModel
 from topkapi.data.tokens import TokenFile
 from topkapi.errors import TopkapiError
 from topkapi.evaluate.downstream import LOGIT_ELEMENTS
-from topkapi.evaluate.intervals import Estimate, bootstrap_mean
 from topkapi.model import Autoencoder
+from topkapi.statistics.intervals import Estimate, bootstrap_mean
 
 N_POSITIONS = 16  # T of Gao et al. 2024
 
@@ -106,8 +109,9 @@ def ablation_sparsity(
     config: DataConfig,
     n_positions: int = N_POSITIONS,
     seed: int = 0,
+    most: int = 0,
 ) -> AblationSparsity:
-    """The sparsity of the effects of every latent active at one drawn token of each context.
+    """The sparsity of the effects of every latent active at one drawn token of each context, or of `most` drawn ones.
 
     Which token is drawn depends on the seed and the context's number alone. Cost: for each context one pass up
     to the site, and 1 + the number of active latents whole passes over the context up to `n_positions` - 1 tokens
@@ -131,7 +135,7 @@ def ablation_sparsity(
             if kept.any():
                 rng = np.random.default_rng((seed, context_id))
                 at = int(rng.choice(kept.nonzero()[:, 0].numpy()))
-                latents, sparsity = _ablate_all(ae, lm, tokens[:, : at + n_positions], at)
+                latents, sparsity = _ablate_all(ae, lm, tokens[:, : at + n_positions], at, most, rng)
                 if len(latents):
                     found.append((context_id * config.context + at, latents, sparsity))
             meter.advance(1)
@@ -144,11 +148,24 @@ def ablation_sparsity(
     )
 
 
+@contextmanager
+def in_float32(lm: LanguageModel) -> Iterator[None]:
+    """Within the block the language model computes in float32, in which ablation effects are measured."""
+    parameters = [(parameter, parameter.data) for parameter in lm.model.parameters()]
+    try:
+        for parameter, own in parameters:
+            parameter.data = own.float()
+        yield
+    finally:
+        for parameter, own in parameters:
+            parameter.data = own
+
+
 @torch.no_grad()
 def _ablate_all(
-    ae: Autoencoder, lm: LanguageModel, tokens: Int[Tensor, "1 length"], at: int
+    ae: Autoencoder, lm: LanguageModel, tokens: Int[Tensor, "1 length"], at: int, most: int, rng: np.random.Generator
 ) -> tuple[Int64[Tensor, " m"], Float64[Tensor, " m"]]:
-    """The latents active at position `at`, and the sparsity of the effect of ablating each."""
+    """The latents active at position `at`, or `most` drawn ones of them, and the sparsity of ablating each."""
     raw = lm.activations(tokens)[0, at]
     if raw.dtype != torch.float32:
         raise TopkapiError(
@@ -157,7 +174,9 @@ def _ablate_all(
         )
     x, _, norm = ae.normalise(raw[None].to(ae.W_dec.device))
     values, indices = ae.encode(x)
-    active = values[0] > 0
+    active = (values[0] > 0).nonzero()[:, 0]
+    if 0 < most < len(active):
+        active = active[torch.from_numpy(np.sort(rng.permutation(len(active))[:most])).to(active.device)]
     latents = indices[0][active]
     parts = norm * values[0][active][:, None] * ae.W_dec[latents]
     size, done = 1, [torch.zeros(0, dtype=torch.float64)]

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
 from topkapi.errors import TopkapiError
+from topkapi.statistics.intervals import Estimate, estimate
 
 
 def compute_equivalent(curve: Sequence[tuple[float, float]], ce_spliced: float, ce_clean: float) -> float:
@@ -39,6 +41,65 @@ def compute_equivalent(curve: Sequence[tuple[float, float]], ce_spliced: float, 
             )
     spliced, clean = np.interp([ce_spliced, ce_clean], losses[::-1], log_compute[::-1])
     return math.exp(spliced - clean)
+
+
+def resampled(
+    curve: Sequence[tuple[float, float]], ce_spliced: Sequence[float], ce_clean: Sequence[float], n: int
+) -> Estimate:
+    """`compute_equivalent` of the first of each, with the interval that the others, their bootstrap draws, give.
+
+    The curve is taken as exact. No interval where more than one draw in twenty lies outside of it. n: contexts drawn.
+
+    Raises:
+        TopkapiError: as `compute_equivalent`.
+    """
+    draws = [compute_equivalent(curve, ce_spliced[0], ce_clean[0])]
+    for pair in zip(ce_spliced[1:], ce_clean[1:], strict=True):
+        try:
+            draws.append(compute_equivalent(curve, *pair))
+        except TopkapiError:
+            draws.append(math.nan)
+    found = estimate(np.array(draws), n)
+    if np.isnan(draws).mean() > 1 / 20:
+        why = "more than one draw in twenty lies outside the reference curve"
+        return found._replace(low=None, high=None, reason=why)
+    return found
+
+
+def read_curve(path: Path) -> list[tuple[float, float]]:
+    """The points of a reference curve: lines of compute and loss, divided by a comma or white space.
+
+    A line of names may come first; empty lines and what follows a # are left out.
+
+    Raises:
+        TopkapiError: the file cannot be read, or its points are no curve.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TopkapiError(f"The reference curve {path} cannot be read: {error}.") from None
+    points = []
+    for number, line in enumerate(text.splitlines(), 1):
+        cells = line.partition("#")[0].replace(",", " ").split()
+        try:
+            compute, loss = map(float, cells)
+        except ValueError:
+            if not cells or (not points and not any(map(_is_number, cells))):
+                continue
+            raise TopkapiError(
+                f"{path}, line {number}: wanted two numbers, compute and loss in nats; got {line!r}."
+            ) from None
+        points.append((compute, loss))
+    _check(sorted(points))
+    return points
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _check(points: list[tuple[float, float]]) -> None:

@@ -27,9 +27,9 @@ from topkapi.config import DataConfig
 from topkapi.data.activations import kept_positions
 from topkapi.data.language_model import LanguageModel
 from topkapi.errors import TopkapiError
-from topkapi.evaluate.intervals import Estimate, bootstrap_mean
-from topkapi.evaluate.reconstruction import CHUNK_ELEMENTS
+from topkapi.evaluate.sampling import CHUNK_ELEMENTS
 from topkapi.model import Autoencoder
+from topkapi.statistics.intervals import Estimate, bootstrap_mean
 
 SHARE = 0.5  # of an activation that a shortened or padded text must keep
 N_EXAMPLES = 16
@@ -334,17 +334,18 @@ def explain_latents(
 
 
 def padding_token_of(lm: LanguageModel) -> int:
-    """The token " _", which says little of what comes after it.
+    """The token " _", or else "_", which say little of what comes after them.
 
     Raises:
         TopkapiError: the language model's tokenizer has no such token.
 
     Source: the released code of Gao et al. 2024, where it is token 4808 of GPT-2.
     """
-    ids = lm.tokenizer.encode(" _", add_special_tokens=False)
-    if len(ids) != 1:
-        raise TopkapiError(f"The tokenizer of {lm.name} splits ' _' into {len(ids)} tokens; give a padding token's id.")
-    return ids[0]
+    for text in (" _", "_"):
+        ids = lm.tokenizer.encode(text, add_special_tokens=False)
+        if len(ids) == 1:
+            return ids[0]
+    raise TopkapiError(f"The tokenizer of {lm.name} splits '_' into {len(ids)} tokens; give a padding token's id.")
 
 
 def activation_of(ae: Autoencoder, lm: LanguageModel, latent: int, filler: int = 0) -> Activation:

@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from topkapi.errors import TopkapiError
-from topkapi.evaluate.sampling import Estimate, ResampledSums, chunks, estimate
+from topkapi.evaluate.sampling import ResampledSums, chunks
 from topkapi.model import Autoencoder
+from topkapi.statistics.intervals import Estimate, estimate
 
 RIDGE = 1e-6  # see `fit_probes`
 PROBED_ELEMENTS = 2**18  # activations fitted at once, 2 MiB of float64: a third of the time of 2**21 on a CPU
@@ -140,7 +141,11 @@ class TaskProbe:
 
 @torch.no_grad()
 def probe_task(
-    codes: ExampleCodes, labels: Bool[Tensor, " n_examples"], test_share: float = 0.5, seed: int = 0
+    codes: ExampleCodes,
+    labels: Bool[Tensor, " n_examples"],
+    test_share: float = 0.5,
+    seed: int = 0,
+    ridge: float = RIDGE,
 ) -> TaskProbe:
     """The probe with the lowest loss on the training examples, and its losses on the test examples.
 
@@ -154,7 +159,7 @@ def probe_task(
     device = codes.values.device
     train = _training_examples(labels, codes.n_examples, test_share, seed).to(device)
     labels = labels.to(device)
-    weights, biases, losses = _fit_latents(codes, labels, train)
+    weights, biases, losses = _fit_latents(codes, labels, train, ridge)
     prior = labels[train].double().mean()
     positive = labels[~train].double()
     prior_losses = -(positive * prior.log() + (1 - positive) * (1 - prior).log())
@@ -197,7 +202,7 @@ def _training_examples(labels: Tensor, n_examples: int, test_share: float, seed:
 
 
 def _fit_latents(
-    codes: ExampleCodes, labels: Bool[Tensor, " n_examples"], train: Bool[Tensor, " n_examples"]
+    codes: ExampleCodes, labels: Bool[Tensor, " n_examples"], train: Bool[Tensor, " n_examples"], ridge: float = RIDGE
 ) -> tuple[Float64[Tensor, " n_latents"], Float64[Tensor, " n_latents"], Float64[Tensor, " n_latents"]]:
     """Weight, bias and training loss of every latent's probe; loss inf where it fires on no training example.
 
@@ -228,6 +233,7 @@ def _fit_latents(
                 torch.cat([z, torch.zeros_like(z[:, :1])], 1).double(),
                 torch.cat([inside, silent[0]], 1).double(),
                 torch.cat([positive, silent[1]], 1).double(),
+                ridge,
             )
         )
         start += len(latents)
@@ -235,14 +241,17 @@ def _fit_latents(
 
 
 def fit_probes(
-    z: Float64[Tensor, "latents m"], weight: Float64[Tensor, "latents m"], positive: Float64[Tensor, "latents m"]
+    z: Float64[Tensor, "latents m"],
+    weight: Float64[Tensor, "latents m"],
+    positive: Float64[Tensor, "latents m"],
+    ridge: float = RIDGE,
 ) -> tuple[Float64[Tensor, " latents"], Float64[Tensor, " latents"], Float64[Tensor, " latents"]]:
     """Weight w, bias b and mean loss in nats (without the ridge) of each row's logistic regression on one variable.
 
-        minimise  mean(softplus(l) - y l) + RIDGE / 2 (w std(z))^2,   l = w z + b
+        minimise  mean(softplus(l) - y l) + ridge / 2 (w std(z))^2,   l = w z + b
 
     Entry j stands for weight[j] examples, of which positive[j] have y = 1. The ridge, which does not depend on the
-    scale of z, keeps w finite where z separates the classes; there it leaves a loss of some 1e-4 nats.
+    scale of z, keeps w finite where z separates the classes; there it leaves a loss of some 1e-4 nats by default.
 
     Newton's method on standardised z, all rows at once; a step that does not lower the objective is halved.
     """
@@ -257,7 +266,7 @@ def fit_probes(
     lowest, loss = torch.full_like(point[0], torch.inf), torch.zeros_like(point[0])
     done = torch.zeros_like(lowest, dtype=torch.bool)
     for _ in range(STEPS):
-        new_loss, objective, newton, gain = _newton_step(z, weight, positive, trial)
+        new_loss, objective, newton, gain = _newton_step(z, weight, positive, trial, ridge)
         lower = objective < lowest
         point, lowest = torch.where(lower, trial, point), torch.where(lower, objective, lowest)
         loss = torch.where(lower, new_loss, loss)
@@ -270,7 +279,9 @@ def fit_probes(
     return w, point[1] - w * mean[:, 0], loss
 
 
-def _newton_step(z: Tensor, weight: Tensor, positive: Tensor, point: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _newton_step(
+    z: Tensor, weight: Tensor, positive: Tensor, point: Tensor, ridge: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """At a point (w, b): loss, objective, Newton's step, and the gain that it promises, times two."""
     w, b = point
     logits = w[:, None] * z + b[:, None]
@@ -278,21 +289,19 @@ def _newton_step(z: Tensor, weight: Tensor, positive: Tensor, point: Tensor) -> 
     p = logits.sigmoid_()
     slope = weight * p - positive
     curve = weight * p * (1 - p)
-    gw, gb = (slope * z).sum(1) + RIDGE * w, slope.sum(1)
-    hww, hwb, hbb = (curve * z * z).sum(1) + RIDGE, (curve * z).sum(1), curve.sum(1)
+    gw, gb = (slope * z).sum(1) + ridge * w, slope.sum(1)
+    hww, hwb, hbb = (curve * z * z).sum(1) + ridge, (curve * z).sum(1), curve.sum(1)
     determinant = hww * hbb - hwb * hwb
     step = torch.stack([hwb * gb - hbb * gw, hwb * gw - hww * gb]) / determinant
-    return loss, loss + RIDGE / 2 * w * w, step, -(step[0] * gw + step[1] * gb)
+    return loss, loss + ridge / 2 * w * w, step, -(step[0] * gw + step[1] * gb)
 
 
 @dataclass(frozen=True)
 class ProbeLoss:
     """The mean over tasks of the loss on test examples, in nats, and each task's."""
 
-    mean: Estimate | None
-    tasks: dict[str, Estimate | None]
-    reason: str
-    """Why the mean is None; empty if it is not."""
+    mean: Estimate
+    tasks: dict[str, Estimate]
 
 
 def probe_loss(probes: Mapping[str, TaskProbe], seed: int = 0) -> ProbeLoss:
@@ -306,15 +315,15 @@ def probe_loss(probes: Mapping[str, TaskProbe], seed: int = 0) -> ProbeLoss:
     """
     if not probes:
         raise TopkapiError("Probe loss needs at least one task; got none.")
-    tasks, means = {}, []
+    tasks, means, n = {}, [], 0
     for number, (name, probe) in enumerate(probes.items()):
-        tasks[name] = None
+        tasks[name] = Estimate(None, None, None, probe.n_test, "no latent fires on a training example")
         if probe.test_losses is not None:
             sums = ResampledSums(2, seed=seed + number)
             sums.add(torch.stack([torch.ones_like(probe.test_losses), probe.test_losses], 1))
             means.append(sums.sums[:, 1] / sums.sums[:, 0])
-            tasks[name] = estimate(means[-1])
-    silent = [name for name, probe in probes.items() if probe.test_losses is None]
-    if silent:
-        return ProbeLoss(None, tasks, f"no latent fires on a training example of {', '.join(silent)}")
-    return ProbeLoss(estimate(torch.stack(means).mean(0)), tasks, "")
+            tasks[name], n = sums.estimate(means[-1]), n + sums.n
+    if silent := [name for name, found in tasks.items() if found.value is None]:
+        why = f"no latent fires on a training example of {', '.join(silent)}"
+        return ProbeLoss(Estimate(None, None, None, n, why), tasks)
+    return ProbeLoss(estimate(torch.stack(means).mean(0).numpy(), n), tasks)

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from topkapi import ops
 from topkapi.errors import TopkapiError
-from topkapi.evaluate.sampling import Estimate, TokenSums, chunks, estimate
+from topkapi.evaluate.sampling import TokenSums, chunks
 from topkapi.model import Autoencoder, relu_latents
+from topkapi.statistics.intervals import Estimate
 
 ROWS_ELEMENTS = 2**24  # float64 of residuals or of errors at once: 128 MiB
 
@@ -41,10 +42,17 @@ class Recovery:
 
 
 @torch.no_grad()
-def progressive_recovery(ae: Autoencoder, x: Tensor | Iterable[Tensor], k_max: int, seed: int = 0) -> Recovery:
+def progressive_recovery(
+    ae: Autoencoder,
+    x: Tensor | Iterable[Tensor],
+    k_max: int,
+    seed: int = 0,
+    contexts: Int[Tensor, " tokens"] | None = None,
+) -> Recovery:
     """Normalized MSE with the k' largest latents of each token, for k' = 1 .. k_max, in one pass.
 
-    `x` is (n, d_model) of normalised activations or an iterable of such blocks; `seed` that of the bootstrap. Cost:
+    `x` is (n, d_model) of normalised activations or an iterable of such blocks; `seed` that of the bootstrap, which
+    draws contexts where `contexts` says which one each token is of, and otherwise tokens. Cost:
     encoding with k_max latents, and 2 n k_max d_model flops.
 
     Raises:
@@ -52,7 +60,7 @@ def progressive_recovery(ae: Autoencoder, x: Tensor | Iterable[Tensor], k_max: i
     """
     if not 1 <= k_max <= ae.n_latents:
         raise TopkapiError(f"k_max must be between 1 and n_latents={ae.n_latents}; got {k_max}.")
-    curve = _Curve(ae, tuple(range(1, k_max + 1)), seed)
+    curve = _Curve(ae, tuple(range(1, k_max + 1)), seed, contexts)
     for chunk in chunks(ae, x):
         values, indices = ops.encode_topk(chunk, ae.W_enc, ae.latent_bias, ae.pre_bias, k_max)
         n_taken = torch.arange(1, k_max + 1, device=chunk.device).expand(len(chunk), -1)
@@ -93,21 +101,26 @@ def calibrate_thresholds(
 
 @torch.no_grad()
 def jump_relu_recovery(
-    ae: Autoencoder, x: Tensor | Iterable[Tensor], thresholds: Sequence[float | int], seed: int = 0
+    ae: Autoencoder,
+    x: Tensor | Iterable[Tensor],
+    thresholds: Sequence[float | int],
+    seed: int = 0,
+    contexts: Int[Tensor, " tokens"] | None = None,
 ) -> Recovery:
     """Normalized MSE and L0 with all pre-activations above a threshold, for each of several, in one pass.
 
         z = pre_acts  where pre_acts > threshold, else 0
 
     `x` is (n, d_model) of normalised activations, others than those of `calibrate_thresholds`, or an iterable of such
-    blocks. Cost: all pre-activations, and 2 n m d_model flops, m the largest number of latents of a token.
+    blocks; `contexts` as in `progressive_recovery`. Cost: all pre-activations, and 2 n m d_model flops, m the largest
+    number of latents of a token.
 
     Raises:
         TopkapiError: no threshold, one below 0, or x has another shape.
     """
     if not len(thresholds) or not min(thresholds) >= 0:
         raise TopkapiError(f"Thresholds must be at least one, and none below 0; got {list(thresholds)}.")
-    curve = _Curve(ae, tuple(thresholds), seed)
+    curve = _Curve(ae, tuple(thresholds), seed, contexts)
     for chunk in chunks(ae, x):
         latents = relu_latents(chunk - ae.pre_bias, ae.W_enc, ae.latent_bias)
         n_taken = torch.stack([(latents > threshold).sum(1) for threshold in thresholds], 1)
@@ -119,9 +132,11 @@ def jump_relu_recovery(
 class _Curve:
     """Sums over tokens of the squared error and of the number of latents at each setting."""
 
-    def __init__(self, ae: Autoencoder, settings: tuple[float | int, ...], seed: int) -> None:
+    def __init__(
+        self, ae: Autoencoder, settings: tuple[float | int, ...], seed: int, contexts: Int[Tensor, " tokens"] | None
+    ) -> None:
         self.ae, self.settings = ae, settings
-        self.sums = TokenSums(ae, 2 * len(settings), seed)
+        self.sums = TokenSums(ae, 2 * len(settings), seed, contexts)
 
     def add(
         self,
@@ -142,16 +157,17 @@ class _Curve:
     def result(self) -> Recovery:
         errors, n_active = self.sums.columns.chunk(2, 1)
         l0 = (n_active[0] / self.sums.count[0]).tolist()
-        curve = [estimate(column / self.sums.spread) for column in errors.T]
+        curve = tuple(self.sums.estimate(column / self.sums.spread) for column in errors.T)
         reason = ""
         if not self.sums.n_tokens:
             reason = "no token was given"
         elif not n_active[0].any():
             reason = "no latent takes part on any of the tokens"
-        elif None in curve:
+        elif any(point.value is None for point in curve):
             reason = "all tokens are the same, or the reconstruction is not finite"
-        mse = None if reason else tuple(point for point in curve if point is not None)
-        return Recovery(self.settings, None if reason else tuple(l0), mse, self.sums.n_tokens, reason)
+        return Recovery(
+            self.settings, None if reason else tuple(l0), None if reason else curve, self.sums.n_tokens, reason
+        )
 
 
 def squared_errors(

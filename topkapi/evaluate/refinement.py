@@ -18,8 +18,9 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int, Int64
 from torch import Tensor
 
-from topkapi.evaluate.sampling import Estimate, TokenSums, chunks, estimate
+from topkapi.evaluate.sampling import TokenSums, chunks
 from topkapi.model import Autoencoder
+from topkapi.statistics.intervals import Estimate
 
 WORK_ELEMENTS = 2**23  # float64 of Gram matrices and decoder rows at once: 64 MiB, a few times
 PROXIMAL = 1e-9  # of the largest squared row norm: makes the solution unique, costs this times |refined - values|^2
@@ -41,29 +42,35 @@ class Refinement:
     """(token, latent) pairs with a value > 0."""
     n_unsolved: int
     """Tokens that kept their values because the solver did not finish; 0 but for pathological decoders."""
-    normalized_mse: Estimate | None
+    normalized_mse: Estimate
     """Before refinement."""
-    normalized_mse_refined: Estimate | None
+    normalized_mse_refined: Estimate
     """After it; never higher."""
-    mean_ratio: Estimate | None
-    total_ratio: Estimate | None
+    mean_ratio: Estimate
+    total_ratio: Estimate
     histogram: Int64[Tensor, " bins"]
     """Pairs by ratio, in bins of 0.02 from 0; the last one holds all ratios of 4 and more."""
     reason: str
-    """Why a figure is None; empty if none is."""
+    """Why a figure is undefined; empty if none is."""
 
 
 @torch.no_grad()
-def refinement(ae: Autoencoder, x: Tensor | Iterable[Tensor], seed: int = 0) -> Refinement:
+def refinement(
+    ae: Autoencoder,
+    x: Tensor | Iterable[Tensor],
+    seed: int = 0,
+    contexts: Int[Tensor, " tokens"] | None = None,
+) -> Refinement:
     """Normalized MSE before and after refinement, and how the values change, for normalised activations.
 
-    `x` is (n, d_model) or an iterable of such blocks; `seed` that of the bootstrap. Cost a token with m active
-    latents: encoding, 2 m^2 d_model flops for the Gram matrix and some 5 m^3 / 3 for the solver.
+    `x` is (n, d_model) or an iterable of such blocks; `seed` that of the bootstrap, which draws contexts where
+    `contexts` says which one each token is of, and otherwise tokens. Cost a token with m active latents: encoding,
+    2 m^2 d_model flops for the Gram matrix and some 5 m^3 / 3 for the solver.
 
     Raises:
         TopkapiError: x has another shape.
     """
-    sums = TokenSums(ae, 6, seed)
+    sums = TokenSums(ae, 6, seed, contexts)
     histogram = torch.zeros(N_BINS, dtype=torch.int64, device=ae.W_dec.device)
     n_unsolved = 0
     for chunk in chunks(ae, x):
@@ -81,10 +88,10 @@ def refinement(ae: Autoencoder, x: Tensor | Iterable[Tensor], seed: int = 0) -> 
             histogram += torch.bincount(bins, minlength=N_BINS)
             n_unsolved += int((~solved).sum())
     before, after, n_active, ratio, refined, original = sums.columns.T
-    mse, mse_refined = estimate(before / sums.spread), estimate(after / sums.spread)
+    mse, mse_refined = sums.estimate(before / sums.spread), sums.estimate(after / sums.spread)
     reasons = {
         "no token was given": not sums.n_tokens,
-        "all tokens are the same, or the reconstruction is not finite": sums.n_tokens and mse is None,
+        "all tokens are the same, or the reconstruction is not finite": sums.n_tokens and mse.value is None,
         "no latent fires on any of the tokens": sums.n_tokens and not n_active[0],
     }
     return Refinement(
@@ -93,8 +100,8 @@ def refinement(ae: Autoencoder, x: Tensor | Iterable[Tensor], seed: int = 0) -> 
         n_unsolved=n_unsolved,
         normalized_mse=mse,
         normalized_mse_refined=mse_refined,
-        mean_ratio=estimate(ratio / n_active),
-        total_ratio=estimate(refined / original),
+        mean_ratio=sums.estimate(ratio / n_active),
+        total_ratio=sums.estimate(refined / original),
         histogram=histogram.cpu(),
         reason="; ".join(why for why, holds in reasons.items() if holds),
     )

@@ -9,35 +9,18 @@ Source: Hanley and MacGibbon 2006 (the Poisson bootstrap); Efron 1979.
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from topkapi.errors import TopkapiError
-from topkapi.evaluate.reconstruction import CHUNK_ELEMENTS
 from topkapi.model import Autoencoder
+from topkapi.statistics.intervals import Estimate, estimate
 
+CHUNK_ELEMENTS = 2**25  # rows x n_latents encoded at once: 128 MiB of float32 pre-activations
 REPLICATES = 200
 ROWS = 8_192  # weights drawn at once: 13 MB
-
-
-class Estimate(NamedTuple):
-    """A value, and its 95 % bootstrap interval. Draws are taken as independent: tokens of one text are not quite."""
-
-    value: float
-    low: float
-    high: float
-
-
-def estimate(replicates: Float64[Tensor, " replicates"]) -> Estimate | None:
-    """The first number with the middle 95 % of the others; None where the first is not finite."""
-    value, others = replicates[0].item(), replicates[1:]
-    if not math.isfinite(value):
-        return None
-    low, high = others[others.isfinite()].quantile(others.new_tensor([0.025, 0.975])).tolist()
-    return Estimate(value, low, high)
 
 
 def chunks(ae: Autoencoder, x: Tensor | Iterable[Tensor], elements: int = 0) -> Iterator[Float[Tensor, "n d_model"]]:
@@ -66,13 +49,20 @@ class ResampledSums:
     def __init__(self, n_columns: int, device: torch.device | str = "cpu", seed: int = 0) -> None:
         self.generator = torch.Generator(device).manual_seed(seed)
         self.sums = torch.zeros(1 + REPLICATES, n_columns, dtype=torch.float64, device=device)
+        self.n = 0
+        """Rows so far."""
 
     def add(self, columns: Float64[Tensor, "n columns"]) -> None:
-        """Count n more rows."""
+        """Count n more rows, which are independent of each other."""
+        self.n += len(columns)
         for part in columns.split(ROWS):
             weights = part.new_ones(len(part), 1 + REPLICATES)
             weights[:, 1:] = torch.poisson(weights[:, 1:], generator=self.generator)
             self.sums += weights.T @ part
+
+    def estimate(self, replicates: Float64[Tensor, " replicates"]) -> Estimate:
+        """The estimate that a function of `sums` comes to; undefined where it is not finite."""
+        return estimate(replicates.cpu().numpy(), self.n)
 
 
 class TokenSums:
@@ -81,21 +71,38 @@ class TokenSums:
         spread = sum |x - mean|^2 = sum |x - o|^2 - |sum (x - o)|^2 / n
 
     with o the mean of the first chunk: without it the difference cancels when the tokens lie close together.
+
+    Tokens of one context resemble each other. Where `contexts` says which context each token is of, here for all tokens
+    in the order in which they come or when they are added, contexts are resampled, and otherwise tokens.
     """
 
-    def __init__(self, ae: Autoencoder, n_columns: int, seed: int = 0) -> None:
-        self.n_tokens, self.d_model = 0, ae.d_model
+    def __init__(
+        self, ae: Autoencoder, n_columns: int, seed: int = 0, contexts: Int[Tensor, " tokens"] | None = None
+    ) -> None:
+        self.n_tokens, self.d_model, self.contexts = 0, ae.d_model, contexts
         self.origin: Tensor | None = None
         self.resampled = ResampledSums(2 + ae.d_model + n_columns, ae.W_dec.device, seed)
 
-    def add(self, x: Float[Tensor, "n d_model"], columns: Float64[Tensor, "n columns"]) -> None:
+    def add(
+        self,
+        x: Float[Tensor, "n d_model"],
+        columns: Float64[Tensor, "n columns"],
+        contexts: Int[Tensor, " n"] | None = None,
+    ) -> None:
         """Count n more tokens with their columns."""
         x = x.double()
         if self.origin is None:
             self.origin = x.mean(0)
         shifted = x - self.origin
         squares = shifted.square().sum(1, keepdim=True)
-        self.resampled.add(torch.cat([torch.ones_like(squares), squares, shifted, columns], 1))
+        rows = torch.cat([torch.ones_like(squares), squares, shifted, columns], 1)
+        if self.contexts is not None:
+            contexts = self.contexts[self.n_tokens : self.n_tokens + len(x)]
+        if contexts is not None:  # one that two chunks share counts as two
+            own = contexts.to(rows.device)
+            _, number, sizes = own.unique_consecutive(return_inverse=True, return_counts=True)
+            rows = rows.new_zeros(len(sizes), rows.shape[1]).index_add_(0, number, rows)
+        self.resampled.add(rows)
         self.n_tokens += len(x)
 
     @property
@@ -114,3 +121,7 @@ class TokenSums:
     def count(self) -> Float64[Tensor, " replicates"]:
         """Tokens, 0 where none was drawn."""
         return self.resampled.sums[:, 0]
+
+    def estimate(self, replicates: Float64[Tensor, " replicates"]) -> Estimate:
+        """As that of `ResampledSums`."""
+        return self.resampled.estimate(replicates)

