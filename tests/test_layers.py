@@ -13,11 +13,11 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # A room is a file or folder directly in topkapi/. It imports rooms of lower layers, and files of its own folder.
 ROOMS_OF_LAYER = {
-    0: ["config", "errors", "ops", "files", "console", "parallel", "geometric_median", "published"],
+    0: ["config", "errors", "ops", "files", "console", "parallel", "geometric_median", "plotting", "published"],
     1: ["model", "loss", "exchange", "gradients", "statistics"],
     2: ["auxk", "step", "optim", "checkpoint", "formats", "data", "dead", "metrics"],
-    3: ["train", "evaluate", "figures", "study", "scaling"],
-    4: ["cli", "recipes", "viewer", "demo", "bench", "sweep", "__main__", "__init__"],
+    3: ["train", "evaluate", "study", "scaling"],
+    4: ["cli", "recipes", "viewer", "demo", "bench", "sweep", "figures", "__main__", "__init__"],
 }
 LAYER = {room: layer for layer, rooms in ROOMS_OF_LAYER.items() for room in rooms}
 
@@ -28,9 +28,10 @@ SIDEWAYS = {
     "model": {"exchange"},
     "step": {"auxk"},
     "train": {"evaluate"},
-    "scaling": {"figures"},
     "study": {"evaluate"},
-    "cli": {"bench", "demo", "recipes", "sweep", "viewer"},
+    "figures": {"recipes", "sweep"},
+    "demo": {"figures"},
+    "cli": {"bench", "demo", "figures", "recipes", "sweep", "viewer"},
     "__main__": {"cli"},
 }
 

@@ -22,9 +22,9 @@ from topkapi.bench.cases import SUITES, Case
 from topkapi.config import EvalConfig, StudyConfig, TrainConfig
 from topkapi.console import console, say
 from topkapi.errors import TopkapiError
-from topkapi.figures import require_matplotlib
 from topkapi.files import write_text_atomic
 from topkapi.parallel import launched, speaks
+from topkapi.plotting import require_matplotlib
 from topkapi.published import CONFIG
 from topkapi.recipes import RECIPES
 from topkapi.scaling.quantities import parse_size
@@ -120,6 +120,21 @@ class StudyOptions:
 
     out: Path
     """Folder that receives it."""
+
+
+@dataclass(kw_only=True)
+class FiguresOptions:
+    """Draw figures of runs and sweeps for a paper, each as PNG and SVG, its data as CSV and its numbers as JSON. What
+    the folders do not allow is left out, with a line that says what would supply it."""
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run folders of topkapi train and --out folders of topkapi sweep; a sweep may be unfinished."""
+
+    out: Path = Path("runs/figures")
+    """Folder that receives them."""
+
+    report: str = ""
+    """File that receives all of it as one HTML page."""
 
 
 @dataclass(kw_only=True)
@@ -269,6 +284,15 @@ def study_command(arguments: Sequence[str]) -> None:
     say(f"study: {command.out}. Read it: topkapi.study.open({str(command.out)!r})")
 
 
+def figures_command(arguments: Sequence[str]) -> None:
+    """topkapi figures RUN_OR_SWEEP ... [--out FOLDER] [--report out.html]: pictures for a paper, with their data."""
+    command = _parse(FiguresOptions, "topkapi figures", arguments or ["--help"])
+    require_matplotlib()
+    from topkapi.figures import draw
+
+    draw(command.folders, command.out, Path(command.report) if command.report else None)
+
+
 def demo_command(arguments: Sequence[str]) -> None:
     """topkapi demo [--field value ...]: train, evaluate and show a small one on a real language model."""
     from topkapi.demo import demo
@@ -393,6 +417,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "sweep": sweep_command,
     "eval": eval_command,
     "study": study_command,
+    "figures": figures_command,
     "bench": bench_command,
     "plan": plan_command,
 }

@@ -17,9 +17,10 @@ from topkapi.config import EvalConfig, TrainConfig
 from topkapi.console import say
 from topkapi.evaluate import evaluate
 from topkapi.evaluate.contexts import Strongest, choose_latents, format_contexts, strongest_contexts
-from topkapi.figures import draw_run, require_matplotlib
+from topkapi.figures.overview import draw_run
 from topkapi.files import write_text_atomic
 from topkapi.model import Autoencoder
+from topkapi.plotting import require_matplotlib
 from topkapi.published import CONFIG
 from topkapi.train import Source, Text, load_run, open_source, open_text, train
 
