@@ -42,6 +42,8 @@ STYLE: dict[str, Any] = {
     "svg.hashsalt": "topkapi",  # the same file for the same data
     "text.parse_math": False,  # names of runs are no formulas
 }
+TICKS = ((0.3, (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)), (0.8, (1, 1.5, 2, 3, 4, 6, 8)), (1.8, (1, 2, 5)))
+"""Digits of ticks on logarithmic axes of fewer than so many decades."""
 MOST_LABELS = 14
 WIDTH, HEIGHT = 3.3, 2.9  # inches of a panel
 DPI = 160
@@ -97,6 +99,10 @@ class Canvas:
         panel = Panel(self.grid[len(self.panels)], title, x, y, log)
         self.panels.append(panel)
         return panel
+
+    def legend(self) -> None:
+        """Names of what the first panel shows, beside all panels."""
+        self.figure.legend(*self.panels[0].axes.get_legend_handles_labels(), loc="outside right upper")
 
     @property
     def rows(self) -> list[Row]:
@@ -283,7 +289,7 @@ def _plain_ticks(axes: Any) -> None:
                 axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
             continue
         decades = math.log10(limits[1] / limits[0])
-        finest = (1, 1.5, 2, 3, 4, 5, 6, 8) if decades < 0.7 else (1, 2, 5) if decades < 1.8 else (1,)
+        finest = next((subs for most, subs in TICKS if decades < most), (1,))
         axis.set_major_locator(LogLocator(subs=finest, numticks=12))
         axis.set_minor_formatter(NullFormatter())
         axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))

@@ -7,7 +7,7 @@ import numpy as np
 
 from topkapi.figures.canvas import MARKERS, PALETTE, Canvas, Panel, colours
 from topkapi.figures.figure import Claim, Figure, LeftOut, Verdict, counted, said
-from topkapi.figures.sources import FAMILIES, Run
+from topkapi.figures.sources import FAMILIES, Run, grouped
 
 MOST_CURVES = 7
 FLAT = 0.01  # a change of the error by less than this share of it counts as none
@@ -38,7 +38,9 @@ def _curve(run: Run, section: str) -> list[dict[str, Any]]:
 
 def _spread_out(runs: Sequence[Run]) -> list[Run]:
     """At most `MOST_CURVES`, evenly over k and n_latents."""
-    order = sorted(runs, key=lambda run: (run.n_latents, run.k or 0, run.seed))
+    first = min(run.seed for run in runs)
+    plain = [run for run in runs if run.seed == first and run.family == "topk"] or list(runs)
+    order = sorted(plain, key=lambda run: (run.n_latents, run.k or 0))
     return [order[i] for i in np.unique(np.linspace(0, len(order) - 1, MOST_CURVES).astype(int))]
 
 
@@ -100,7 +102,7 @@ def _beyond(run: Run, points: list[dict[str, Any]]) -> dict[str, Any]:
         found["statement"] = (
             f"{run.name}: {said(at[k]['mse'], _ends(at[k]))} at k' = k = {k}, "
             f"{said(at[2 * k]['mse'], _ends(at[2 * k]))} at "
-            f"{2 * k} ({found['change']:+.1%}), lowest at {best['setting']}."
+            f"{2 * k} ({found['change']:+.1%}), lowest at {best['k']}."
         )
     return found
 
@@ -137,9 +139,10 @@ def _refinement(run: Run) -> dict[str, tuple[float, float | None, float | None]]
 def _refined(runs: list[Run]) -> Figure:
     canvas = Canvas(2, width=3.7)
     ratio = canvas.panel("Values after refinement", "L0", "sum of refined / sum of values", "x")
-    error = canvas.panel("Error before (open) and after (filled)", "L0", "normalized MSE", "xy")
     ratio.across("unchanged", 1, "unchanged")
-    rows = []
+    rows, sizes = [], grouped(runs, lambda run: run.n_latents)
+    size = max(sizes, key=lambda n: (len({run.family for run in sizes[n]}), len(sizes[n])))
+    error = canvas.panel(f"Error before (open) and after, n = {size:,}", "L0", "normalized MSE", "xy")
     for family, colour, marker in zip(FAMILIES, PALETTE, MARKERS, strict=False):
         mine = sorted((r for r in runs if r.family == family and r.metric("l0")), key=lambda run: run.metrics["l0"])
         if not mine:
@@ -148,9 +151,10 @@ def _refined(runs: list[Run]) -> Figure:
         style = {"colour": colour, "marker": marker}
         columns = list(zip(*(one["total_ratio"] for one in found), strict=True))
         ratio.points(FAMILIES[family], l0, *columns, **style, legend=FAMILIES[family])
+        same = [i for i, run in enumerate(mine) if run.n_latents == size]
         for name, filled in (("normalized_mse", False), ("normalized_mse_refined", True)):
-            columns = list(zip(*(one[name] for one in found), strict=True))
-            error.points(f"{FAMILIES[family]}, {name}", l0, *columns, **style, filled=filled)
+            columns = [[found[i][name][part] for i in same] for part in range(3)]
+            error.points(f"{FAMILIES[family]}, {name}", [l0[i] for i in same], *columns, **style, filled=filled)
         rows += [{"run": r.name, "family": family, "l0": x, **f} for r, x, f in zip(mine, l0, found, strict=True)]
     ratio.legend(loc="best")
     parts = []

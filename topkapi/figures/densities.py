@@ -10,9 +10,9 @@ import numpy as np
 from scipy import stats
 
 from topkapi.errors import TopkapiError
-from topkapi.figures.canvas import Canvas, Panel, colours
+from topkapi.figures.canvas import PALETTE, Canvas, Panel, colours
 from topkapi.figures.figure import Claim, Figure, LeftOut, Verdict, counted, listed, said
-from topkapi.figures.sources import Run, grouped, stream
+from topkapi.figures.sources import Firings, Run, grouped, stream
 from topkapi.statistics.densities import (
     Comparison,
     compare,
@@ -22,10 +22,11 @@ from topkapi.statistics.densities import (
     dense_measure,
 )
 from topkapi.statistics.intervals import CONFIDENCE
+from topkapi.statistics.modes import count_modes
 
 DENSE_FROM = 0.1  # density from which a latent counts as dense
 MOST_DETAILS = 4
-BINS = 45
+STEP, WIDE_STEP, FEW_LATENTS = 0.1, 0.2, 1_000  # decades of a bin, for many and for few latents
 FEW = 10  # firings: a density of fewer is blurred by more than a third
 ONSET = 1 / 3  # k / d_model at which the paper's dense solutions begin: 256 / 768
 SUPPLY = "topkapi study RUN, or a sweep that writes held_out.npz"
@@ -66,7 +67,9 @@ def _describe(run: Run) -> dict[str, Any]:
         except TopkapiError as error:
             return str(error)
 
+    often = firings.density[firings.n_fired >= FEW]
     return {
+        "n_modes": len(count_modes(np.log10(often))) if len(often) >= 4 else None,
         "density": fitted(firings.density),
         "importance": fitted(firings.importance),
         "counts": count_latents(firings.density, DENSE_FROM),
@@ -85,12 +88,12 @@ def _for_detail(runs: Sequence[Run]) -> list[Run]:
 def _detail(run: Run, found: dict[str, Any]) -> Figure:
     firings, counts = run.firings, found["counts"]
     canvas = Canvas(3)
-    density = canvas.panel("Density", "log10 fraction of tokens", "latents")
-    _histogram(density, firings.density, found["density"])
+    density = canvas.panel("Density", "log10 fraction of tokens", "latents a decade")
+    _histogram(density, *_histogram_of(firings, "density"), found["density"])
     density.upright(f"{FEW} firings", math.log10(FEW / firings.n_tokens), f" {FEW} firings")
-    importance = canvas.panel("Importance", "log10 E[a²], a at unit norm of x", "latents")
+    importance = canvas.panel("Importance", "log10 E[a²], a at unit norm of x", "latents a decade")
     if isinstance(found["importance"], Comparison):
-        _histogram(importance, firings.importance, found["importance"])
+        _histogram(importance, *_histogram_of(firings, "importance"), found["importance"])
     share = canvas.panel("Cumulative importance", "share of latents, most important first", "share of all E[a²]")
     sums = cumulative_share(firings.importance)
     at = np.unique(np.linspace(0, len(sums) - 1, 400).astype(int))
@@ -120,17 +123,35 @@ def _detail(run: Run, found: dict[str, Any]) -> Figure:
     )
 
 
-def _histogram(panel: Panel, values: np.ndarray, fits: Comparison) -> None:
-    """Latents by log10 of their value, with both fits scaled to counts."""
-    logs = np.log10(values[values > 0])
-    counts, edges = np.histogram(logs, BINS)
-    panel.bins("latents", edges, counts, colour=colours(1)[0])
-    width, at = edges[1] - edges[0], np.linspace(edges[0], edges[-1], 300)
-    for fit, colour, dash in ((fits.gaussian, "#d55e00", "-"), (fits.laplace, "#009e73", "--")):
-        expected = np.exp(fit.log_density(at * math.log(10))) * math.log(10) * width * fit.n
-        panel.line(f"{fit.family} fit", at, expected, colour=colour, dash=dash)
-        panel.axes.plot([], [], dash, color=colour, label="Gaussian" if fit.family == "gaussian" else "Laplace")
-    panel.axes.set_ylim(0, 1.25 * max(counts))
+def _histogram_of(firings: Firings, what: str) -> tuple[np.ndarray, np.ndarray]:
+    """Edges in log10 of density or importance, and the latents a decade in each bin, of those that fired.
+
+    Bins of densities have their edges halfway between counts and hold at least one: few firings make no comb.
+    """
+    values = getattr(firings, what)
+    values = values[values > 0]
+    step = STEP if len(values) >= FEW_LATENTS else WIDE_STEP
+    if what == "density":
+        counts = [float(math.floor(values.min() * firings.n_tokens + 0.5)) - 0.5]
+        while counts[-1] < values.max() * firings.n_tokens:
+            counts.append(max(counts[-1] + 1, math.floor(counts[-1] * 10**step) + 0.5))
+        edges = np.log10(np.array(counts) / firings.n_tokens)
+    else:
+        first, last = math.floor(np.log10(values.min()) / step), math.floor(np.log10(values.max()) / step) + 1
+        edges = step * np.arange(first, last + 1)
+    numbers, _ = np.histogram(np.log10(values), edges)
+    return edges, numbers / np.diff(edges)
+
+
+def _histogram(panel: Panel, edges: np.ndarray, heights: np.ndarray, fits: Comparison) -> None:
+    """Latents a decade, with both fits on that scale."""
+    panel.bins("latents", edges, heights, colour=colours(1)[0])
+    at = np.linspace(edges[0], edges[-1], 200)
+    for fit, colour, dash in ((fits.gaussian, PALETTE[1], "-"), (fits.laplace, PALETTE[2], "--")):
+        expected = np.exp(fit.log_density(at * math.log(10))) * math.log(10) * fit.n
+        name = "Gaussian" if fit.family == "gaussian" else "Laplace"
+        panel.line(f"{name} fit", at, expected, colour=colour, dash=dash, legend=name)
+    panel.axes.set_ylim(0, 1.25 * max(heights))
     panel.legend(loc="upper right", handlelength=1.6)
 
 
@@ -159,11 +180,16 @@ def _shape_claims(found: list[dict[str, Any]]) -> tuple[Claim, ...]:
             verdict = "agrees" if n_for > n_against else "disagrees"
         evidence = f"{family} is the likelier of the two fits in {n_for} of {counted(len(preferred), 'run')}"
         claims.append(Claim(text, verdict, f"{evidence}, the other one in {n_against}, neither surely in the rest"))
-    return tuple(claims)
+    modes = [one["n_modes"] for one in found if one["n_modes"] is not None]
+    single = modes.count(1)
+    verdict = "undecided" if not modes else "agrees" if single > 0.8 * len(modes) else "disagrees"
+    evidence = f"one mode in {single} of {counted(len(modes), 'run')}, of latents with at least {FEW} firings"
+    return (*claims, Claim("Log densities have no second mode.", verdict, evidence))
 
 
 def _numbers(run: Run, found: dict[str, Any]) -> dict[str, Any]:
-    values: dict[str, Any] = {"run": run.name, "n_tokens": found["n_tokens"], **asdict(found["counts"])}
+    values: dict[str, Any] = {"run": run.name, **{name: found[name] for name in ("n_tokens", "n_modes")}}
+    values |= asdict(found["counts"])
     for what in ("density", "importance"):
         fits = found[what]
         if isinstance(fits, Comparison):
@@ -192,16 +218,15 @@ def _by_size(groups: list[list[Run]], described: dict[str, dict[str, Any]]) -> F
             medians = []
             for run in group:
                 values = getattr(run.firings, what)
-                logs = np.log10(values[values > 0])
-                if len(logs) < 2:
+                if not values.any():
                     continue
-                heights, edges = np.histogram(logs, BINS, density=True)
-                name = f"n = {run.n_latents:,}"
-                panel.bins(name, edges, heights, colour=colour_of[run.n_latents], filled=False, label=name)
-                medians.append(float(np.median(logs)))
+                edges, heights = _histogram_of(run.firings, what)
+                n_fired, name = int((values > 0).sum()), f"n = {run.n_latents:,}"
+                panel.bins(name, edges, heights / n_fired, colour=colour_of[run.n_latents], filled=False, label=name)
+                medians.append(float(np.median(np.log10(values[values > 0]))))
             falls[what] += [b < a for a, b in pairwise(medians)]
             lines.append(f"k = {group[0].k}: median {what} 10^{', 10^'.join(f'{m:.2f}' for m in medians)}")
-    canvas.panels[0].legend(loc="upper left")
+    canvas.legend()
     steps = falls["density"] + falls["importance"]
     found = [described[run.name] for group in groups for run in group]
     tokens = sorted({one["n_tokens"] for one in found})

@@ -54,6 +54,13 @@ def _mse(run: Run) -> float | None:
     return run.metric("normalized_mse")
 
 
+def _kl(run: Run) -> float | None:
+    return run.metric("kl")
+
+
+WITH_INTERVAL: dict[Quantity, str] = {_mse: "normalized_mse", _kl: "kl"}
+
+
 def _error(runs: list[Run]) -> Figure:
     """A panel for each n_latents, those with baselines before the others."""
     by_size = grouped(sorted(runs, key=lambda run: run.n_latents), lambda run: run.n_latents)
@@ -76,7 +83,8 @@ def _error(runs: list[Run]) -> Figure:
         source="Figures 2 and 5",
         caption=f"Held-out text, {listed(tokens)} tokens; {counted(len(runs), 'run')} of "
         f"{runs[0].tokens:,} training tokens each, the best learning rate where there are several. A point is a run; "
-        "lines join means over seeds. L1: ReLU with an L1 penalty and unit norm of the decoder; "
+        "lines join means over seeds; bars: 95 % where eval.json has intervals. L1: ReLU with an L1 "
+        "penalty and unit norm of the decoder; "
         "modified L1: the penalty "
         f"weighs each value with its decoder row's norm.{left}",
         statement=_compared(ratios, "normalized MSE") + _spread_text(spread),
@@ -89,10 +97,9 @@ def _error(runs: list[Run]) -> Figure:
 
 def _downstream(runs: list[Run]) -> Figure:
     canvas = Canvas(2, 2, width=3.7, height=2.7)
-    kl: Quantity = lambda run: run.metric("kl")  # noqa: E731
     quantities: list[tuple[str, str, Quantity]] = [
         ("Cross-entropy", "increase, nats per token", _loss_increase),
-        ("KL(clean || spliced)", "nats per token", kl),
+        ("KL(clean || spliced)", "nats per token", _kl),
     ]
     across: list[tuple[str, str, Quantity]] = [
         ("against L0", "L0, active latents per token", _l0),
@@ -153,7 +160,8 @@ def _series(panel: Panel, runs: list[Run], x: Quantity, y: Quantity, labels: dic
             f"{series}, means", *zip(*means, strict=True), colour=colour, width=1.0, label=labels.get(family, "")
         )
         mine.sort(key=lambda run: (x(run), run.name))
-        panel.points(series, [x(r) for r in mine], [y(r) for r in mine], colour=colour, marker=MARKER[family])
+        bars = zip(*(run.interval(WITH_INTERVAL.get(y, "")) for run in mine), strict=True)
+        panel.points(series, [x(r) for r in mine], [y(r) for r in mine], *bars, colour=colour, marker=MARKER[family])
 
 
 def _limits(panel: Panel) -> None:

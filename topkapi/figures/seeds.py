@@ -15,7 +15,7 @@ from topkapi.statistics.matching import Matching, match
 
 SAME = 0.7  # cosine from which Paulo and Belrose 2025 count latents as shared
 THRESHOLDS = np.linspace(0, 1, 101)
-MOST_PAIRS, MOST_GROUPS = 6, 7
+MOST_PAIRS, MOST_GROUPS = 6, 5
 DENSITY_BINS = 10
 
 
@@ -35,20 +35,20 @@ def figures(runs: Sequence[Run]) -> Iterator[Figure | LeftOut]:
 def _seeds(groups: list[list[Run]]) -> Figure:
     canvas = Canvas(2, width=3.7)
     rates = canvas.panel("Latents found again", "least cosine of decoder rows", "share of latents")
-    rates.upright("shared", SAME, f" {SAME}")
+    rates.upright("shared", SAME)
     by_density = canvas.panel(f"By density, cosine of at least {SAME}", "fraction of tokens", "share of latents", "x")
     numbers = []
     for group, colour in zip(groups, colours(len(groups)), strict=True):
         name, found = _name(group), _matchings(group)
         curves = np.array([[pair.rate_a(t) for t in THRESHOLDS] for _, _, pair in found])
         spread = (curves.min(0), curves.max(0)) if len(found) > 1 else (None, None)
-        rates.line(f"{name}, nearest", THRESHOLDS, curves.mean(0), *spread, colour=colour, legend=f"{name}, nearest")
+        rates.line(f"{name}, nearest", THRESHOLDS, curves.mean(0), *spread, colour=colour, legend=name)
         mutual = np.mean([[pair.mutual_rate(t) for t in THRESHOLDS] for _, _, pair in found], 0)
-        rates.line(f"{name}, mutual", THRESHOLDS, mutual, colour=colour, dash="--", legend=f"{name}, each other's")
+        rates.line(f"{name}, mutual", THRESHOLDS, mutual, colour=colour, dash="--")
         numbers.append(_numbers(name, group, found))
         _by_density(by_density, name, found, colour)
     rates.axes.set(xlim=(0, 1), ylim=(0, 1.02))
-    rates.legend(loc="upper right")
+    rates.legend(loc="lower left")
     by_density.axes.set_ylim(0, 1.02)
     if not by_density.rows:
         by_density.axes.text(0.5, 0.5, "no counts of firings", transform=by_density.axes.transAxes, ha="center")

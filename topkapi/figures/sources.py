@@ -33,7 +33,7 @@ STREAM = ("language_model.", "data.", "tokens", "batch_tokens")  # what is read,
 UNIT_NORM, LR, SEED = "optim.unit_norm_decoder", "optim.lr", "model.seed"
 FAMILIES = {
     "topk": "TopK",
-    "topk_free": "TopK, free decoder norms",
+    "topk_free": "TopK, free norms",
     "l1": "L1",
     "l1_decoder_norm": "modified L1",
 }
@@ -109,6 +109,11 @@ class Run:
         """A metric, None where it was not measured or is undefined."""
         value = self.metrics.get(name)
         return float(value) if value is not None and np.isfinite(value) else None
+
+    def interval(self, name: str) -> tuple[float | None, float | None]:
+        """Of a metric, from eval.json, where it has the very value; else None and None."""
+        low, high = self.evaluation.get("intervals", {}).get(name) or (None, None)
+        return (low, high) if self.evaluation.get(name) == self.metrics.get(name) else (None, None)
 
     @cached_property
     def evaluation(self) -> dict[str, Any]:
