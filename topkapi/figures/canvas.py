@@ -49,7 +49,7 @@ WIDTH, HEIGHT = 3.3, 2.9  # inches of a panel
 DPI = 160
 
 Kind = Literal["line", "points", "bins", "reference"]
-Values = Sequence[float | int | None] | np.ndarray
+Values = Sequence[float | int | None] | np.ndarray | range
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Row:
     panel: str
     kind: Kind
     series: str
-    x: float | str | None
+    x: float | None
     x_end: float | None
     """The right edge of a bin."""
     y: float | None
@@ -118,6 +118,7 @@ class Canvas:
         metadata = {"Date": None} if form == "svg" else {"Software": None}
         with styled():
             self.figure.savefig(file, format=form, dpi=DPI, metadata=metadata)
+        self.figure.set_layout_engine("none")  # found; finding it anew for another format takes as long as drawing
         return file.getvalue()
 
 
@@ -196,18 +197,18 @@ class Panel:
         if label:
             self.axes.plot([], [], color=colour, linewidth=4 if filled else 1.2, alpha=0.5, label=label)
 
-    def across(self, series: str, y: float, label: str = "") -> None:
+    def across(self, series: str, y: float | int, label: str = "") -> None:
         """A thin horizontal line: a bound, or what would be if nothing mattered."""
         self.axes.axhline(y, color=FAINT, linewidth=0.8, linestyle=(0, (4, 2)), zorder=1)
-        self.rows.append(Row(self.title, "reference", series, None, None, y, None, None))
+        self.rows.append(Row(self.title, "reference", series, None, None, float(y), None, None))
         if label:
             place = {"xy": (0.01, y), "xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
             self.axes.annotate(label, xytext=(0, 2), color=FAINT, fontsize=7, va="bottom", **place)
 
-    def upright(self, series: str, x: float, label: str = "") -> None:
+    def upright(self, series: str, x: float | int, label: str = "") -> None:
         """A thin vertical line."""
         self.axes.axvline(x, color=FAINT, linewidth=0.8, linestyle=(0, (4, 2)), zorder=1)
-        self.rows.append(Row(self.title, "reference", series, x, None, None, None, None))
+        self.rows.append(Row(self.title, "reference", series, float(x), None, None, None, None))
         if label:
             place = {"xy": (x, 0.99), "xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
             self.axes.annotate(label, xytext=(2, 0), color=FAINT, fontsize=7, va="top", **place)
@@ -295,7 +296,7 @@ def _plain_ticks(axes: Any) -> None:
         axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
 
 
-def short(value: float) -> str:
+def short(value: float | int) -> str:
     """A number in few characters: 0.15, 2k, 1.5M."""
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit:
@@ -303,7 +304,7 @@ def short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _numbers(values: Values) -> np.ndarray:
+def _numbers(values: Any) -> np.ndarray:
     return np.array([math.nan if value is None else float(value) for value in values])
 
 

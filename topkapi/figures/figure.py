@@ -111,7 +111,7 @@ def share_interval(count: int, n: int) -> Interval:
     return Interval(max(0.0, middle - half), min(1.0, middle + half))
 
 
-def said(value: float | None, interval: Interval | Sequence[float] | None = None, form: str = ".3g") -> str:
+def said(value: float | None, interval: Sequence[float] | None = None, form: str = ".3g") -> str:
     """A number with its interval, as `0.15 [0.14, 0.16]`."""
     if value is None:
         return "undefined"
