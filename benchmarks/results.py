@@ -9,6 +9,7 @@ another size or on another machine, name their folders instead. Pictures are tho
 import argparse
 import shutil
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from PIL import Image
 from topkapi.figures import draw
 from topkapi.figures.commands import commands
 from topkapi.figures.figure import Figure, LeftOut, listed
-from topkapi.figures.sources import FAMILIES, Run, read_folders
+from topkapi.figures.sources import FAMILIES, SEED, Run, alike, grouped, read_folders
 from topkapi.files import write_text_atomic
 
 PICTURES = ("decoder-norm", "densities", "laws", "error-l0", "progressive", "seeds")  # six at most, small ones
@@ -47,8 +48,10 @@ def main() -> None:
                 shrink(Path(temporary) / f"{name}.png", pictures / f"{name}.png")
     runs = read_folders(arguments.folders)
     lines = commands(arguments.folders, runs)
-    for folder, name in zip(arguments.folders, arguments.named, strict=False):
+    names = [*arguments.named, *map(str, arguments.folders[len(arguments.named) :])]
+    for folder, name in zip(arguments.folders, names, strict=True):
         lines = [line.replace(str(folder), name) for line in lines]
+    lines.append(f"python benchmarks/results.py {' '.join(names)}")
     write_text_atomic(arguments.page, page(runs, figures, left_out, lines, pictures.name))
     print(f"{arguments.page}: {len(figures)} figures, {len(left_out)} left out")
 
@@ -68,12 +71,26 @@ def page(
 ) -> str:
     """The page in Markdown."""
     parts = [INTRODUCTION, scale(runs), verdicts(figures)]
-    parts += [section(figure, pictures) for figure in figures if figure.source]
+    parts += [section(figure, pictures) for figure in without_details(figures) if figure.source]
     if left_out:
         parts.append("## Left out\n\n" + "\n".join(f"- {one.name}: {one.why.rstrip('.')}." for one in left_out))
-    command = "python benchmarks/results.py " + " ".join(dict.fromkeys(line.split(" ")[4] for line in lines))
-    parts.append("## Commands\n\n```sh\n" + "\n".join([*lines, command]) + "\n```")
-    return "\n\n".join(parts) + "\n"
+    parts.append("## Commands\n\n```sh\n" + "\n".join(lines) + "\n```")
+    return "\n\n".join(map(wrapped, parts)) + "\n"
+
+
+def wrapped(part: str) -> str:
+    """Paragraphs in lines of 120 characters; tables, lists, headings, pictures and commands as they are."""
+    if part.startswith("## Commands"):
+        return part
+    kept = ("|", "#", "- ", "!")
+    fill = textwrap.TextWrapper(120, break_long_words=False, break_on_hyphens=False).fill
+    return "\n\n".join(one if one.startswith(kept) else fill(one) for one in part.split("\n\n"))
+
+
+def without_details(figures: Sequence[Figure]) -> list[Figure]:
+    """Without the densities of single runs, where those of all are there."""
+    whole = any(figure.name == "densities" for figure in figures)
+    return [figure for figure in figures if not (whole and figure.name.startswith("densities-"))]
 
 
 def scale(runs: Sequence[Run]) -> str:
@@ -85,13 +102,14 @@ def scale(runs: Sequence[Run]) -> str:
     families = [name for key, name in FAMILIES.items() if any(run.family == key for run in runs)]
     ks = sorted({run.k for run in runs if run.k})
     unmeasured = [run.name for run in runs if not run.metrics]
+    seeds = max(map(len, grouped(runs, lambda run: alike(run, SEED)).values()))
+    sizes = listed(sorted({run.n_latents for run in runs}))
     text = (
         f"**Scale.** {len(runs)} runs ({', '.join(families)}) on {'; '.join(models)} (d_model "
         f"{listed(sorted({run.d_model for run in runs if run.d_model}))}): {listed(tokens)} training "
-        "tokens each, of at "
-        f"most {listed(distinct)} distinct ones; n_latents "
-        f"{listed(sorted({run.n_latents for run in runs}))}, k {listed(ks)}, "
-        f"{len({run.seed for run in runs})} seeds at one point. Measured on {listed(held_out)} held-out tokens. "
+        "tokens each, of at most "
+        f"{listed(distinct)} distinct ones; n_latents {sizes}, k {listed(ks)}, at most {seeds} seeds. Measured on "
+        f"{listed(held_out)} held-out tokens. "
     )
     return text + (f"Not measured yet: {listed(unmeasured)}." if unmeasured else "")
 
@@ -99,7 +117,7 @@ def scale(runs: Sequence[Run]) -> str:
 def verdicts(figures: Sequence[Figure]) -> str:
     """A row a claim."""
     rows = ["| the paper | where | here | by what |", "|---|---|---|---|"]
-    for figure in figures:
+    for figure in without_details(figures):
         for claim in figure.claims:
             evidence = claim.evidence.replace("|", "\\|")
             rows.append(f"| {claim.text} | {figure.source} | **{claim.verdict}** | {figure.title}: {evidence} |")

@@ -5,6 +5,7 @@ import re
 import shlex
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,9 +94,8 @@ def test_colours_of_pictures_are_those_of_the_page():
 
 def variants_of(grid):
     """What `topkapi sweep` makes of the options."""
-    return Grid(
-        **{"n_latents": (64,), "k": (2,), **{name: values for name, values in grid.items() if values}}
-    ).variants()
+    start = Sweep(config=demo(), grid=Grid(n_latents=(64,), k=(2,)), out=Path("sweep"))
+    return _parse(Sweep, "topkapi", commands._options(grid), start).grid.variants()
 
 
 @pytest.mark.parametrize("seed", range(5))

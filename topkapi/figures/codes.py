@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from topkapi.figures.canvas import MARKERS, PALETTE, Canvas, Panel, colours
-from topkapi.figures.figure import Claim, Figure, LeftOut, Verdict, counted, said
+from topkapi.figures.figure import Claim, Figure, LeftOut, Verdict, counted, said, spanned
 from topkapi.figures.sources import FAMILIES, Run, grouped
 
 MOST_CURVES = 7
@@ -163,8 +163,8 @@ def _refined(runs: list[Run]) -> Figure:
         gains = [1 - row["normalized_mse_refined"][0] / row["normalized_mse"][0] for row in mine]
         parts.append(
             f"{FAMILIES[family]} ({counted(len(mine), 'run')}): values change by a factor of "
-            f"{_span(ratios, '.3f')}, the error "
-            f"falls by {_span(gains, '.1%')}"
+            f"{spanned(ratios, '.3f')}, the error "
+            f"falls by {spanned(gains, '.1%')}"
         )
     return Figure(
         name="refinement",
@@ -188,11 +188,6 @@ def _by_family(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return {family: mine for family, mine in found.items() if mine}
 
 
-def _span(values: list[float], form: str) -> str:
-    low, high = f"{min(values):{form}}", f"{max(values):{form}}"
-    return low if low == high else f"{low} to {high}"
-
-
 def _shrinkage_claim(rows: list[dict[str, Any]]) -> Claim:
     """L1's ratios must all be surely above 1, and further from it than any of TopK's."""
     l1 = [row["total_ratio"] for row in rows if row["family"] in ("l1", "l1_decoder_norm")]
@@ -204,6 +199,6 @@ def _shrinkage_claim(rows: list[dict[str, Any]]) -> Claim:
     return Claim(
         "Refinement raises the values of L1 autoencoders, and leaves those of TopK where they are on the whole.",
         verdict,
-        f"ratios of L1 {_span([one[0] for one in l1], '.3f') if l1 else 'not measured'}; of TopK "
+        f"ratios of L1 {spanned([one[0] for one in l1], '.3f') if l1 else 'not measured'}; of TopK "
         f"{'at most ' + format(max(topk), '.3f') + ' from 1' if topk else 'not measured'}",
     )

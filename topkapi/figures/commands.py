@@ -89,10 +89,10 @@ def _single(variant: dict[str, Any]) -> dict[str, tuple]:
 
 
 def _options(grid: dict[str, tuple]) -> list[str]:
-    usual = {"lr": ("auto",), "decoder_norm": ("on",), "sparsity": ("none",), "k": (), "l1_coefficient": ()}
+    usual = {"lr": ("auto",), "decoder_norm": ("on",), "sparsity": ("none",)}
     words = []
     for name, values in grid.items():
-        if values != usual.get(name):
+        if values and values != usual.get(name):
             words += [f"--{name.replace('_', '-')}", *map(str, values)]
     return words
 

@@ -11,8 +11,8 @@ from scipy import stats
 
 from topkapi.errors import TopkapiError
 from topkapi.figures.canvas import PALETTE, Canvas, Panel, colours
-from topkapi.figures.figure import Claim, Figure, LeftOut, Verdict, counted, listed, said
-from topkapi.figures.sources import Firings, Run, grouped, stream
+from topkapi.figures.figure import Claim, Figure, LeftOut, Verdict, counted, listed, said, spanned
+from topkapi.figures.sources import Firings, Run, grouped, of_one_stream
 from topkapi.statistics.densities import (
     Comparison,
     compare,
@@ -45,9 +45,10 @@ def figures(runs: Sequence[Run]) -> Iterator[Figure | LeftOut]:
         else:
             yield _detail(run, described[run.name])
     topk = [run for run in counted_runs if run.family == "topk"]
+    topk = of_one_stream(topk)
     groups = [
         group
-        for group in grouped(topk, lambda run: (stream(run), run.k, run.seed)).values()
+        for group in grouped(topk, lambda run: (run.k, run.seed)).values()
         if len({run.n_latents for run in group}) > 1
     ]
     if groups:
@@ -299,7 +300,9 @@ def _draw_dense(rows: list[dict[str, Any]], too_small: list[str]) -> Figure:
     for panel in (measure, mass):
         panel.x_ticks(sizes)
     largest = max(row["run"].k for row in rows)
-    shares = [f"n {row['run'].n_latents:,}, k {row['run'].k}: {row['mass']:.3f}" for row in rows]
+    cells = grouped((row["run"] for row in rows), lambda run: (run.n_latents, run.k))
+    masses = {cell: sorted(row["mass"] for row in rows if row["run"] in mine) for cell, mine in cells.items()}
+    shares = [f"n {n:,}, k {k}: {spanned(values, '.3f')}" for (n, k), values in sorted(masses.items())]
     left_out = f" Left out, with fewer latents than d_model: {listed(too_small)}." if too_small else ""
     return Figure(
         name="dense",

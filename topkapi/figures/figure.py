@@ -119,6 +119,12 @@ def said(value: float | None, interval: Sequence[float] | None = None, form: str
     return text if interval is None else f"{text} [{interval[0]:{form}}, {interval[1]:{form}}]"
 
 
+def spanned(values: Sequence[float], form: str) -> str:
+    """`0.1 to 0.3`, or the one number that they are in this form."""
+    low, high = f"{min(values):{form}}", f"{max(values):{form}}"
+    return low if low == high else f"{low} to {high}"
+
+
 def listed(words: Sequence[Any], most: int = 8) -> str:
     """`a, b and c`; of many the first ones and how many more."""
     words = [f"{word:,}" if isinstance(word, int) else str(word) for word in words]

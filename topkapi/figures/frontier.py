@@ -8,7 +8,7 @@ import numpy as np
 
 from topkapi.figures.canvas import MARKERS, PALETTE, Canvas, Panel
 from topkapi.figures.figure import Claim, Figure, LeftOut, Verdict, counted, listed, said
-from topkapi.figures.sources import FAMILIES, LR, SEED, Run, alike, at_best_rate, grouped, stream
+from topkapi.figures.sources import FAMILIES, LR, SEED, Run, alike, at_best_rate, grouped, of_one_stream
 
 MOST_PANELS = 4
 COLOUR = dict(zip(FAMILIES, PALETTE, strict=False))
@@ -22,10 +22,8 @@ def figures(runs: Sequence[Run]) -> Iterator[Figure | LeftOut]:
     if not measured:
         yield LeftOut("error against L0", "no run is measured: topkapi eval RUN, or topkapi sweep to its end")
         return
-    groups = list(grouped(measured, stream).values())
-    largest = max(groups, key=len)
-    if len(groups) > 1:
-        n_left = len(measured) - len(largest)
+    largest = of_one_stream(measured)
+    if n_left := len(measured) - len(largest):
         yield LeftOut(
             "error against L0 for all runs",
             f"{counted(n_left, 'run')} of another language model, text or number of tokens: draw them by themselves",

@@ -10,7 +10,7 @@ import numpy as np
 from topkapi.errors import TopkapiError
 from topkapi.figures.canvas import FAINT, Canvas, Panel, colours
 from topkapi.figures.figure import Claim, Figure, LeftOut, Verdict, counted, said
-from topkapi.figures.sources import Run, at_best_rate, grouped, stream
+from topkapi.figures.sources import Run, at_best_rate, grouped, of_one_stream
 from topkapi.statistics.intervals import percentile_interval
 from topkapi.statistics.laws import GPT4, JointLaw, LawFit, PowerLaw, fit_joint_law, fit_power_law
 
@@ -19,15 +19,14 @@ FITS = {"with": True, "without": False}  # the irreducible term
 
 def figures(runs: Sequence[Run]) -> Iterator[Figure | LeftOut]:
     """The laws of TopK runs of one stream that kept unit norm; the largest such group is drawn."""
-    topk = [run for run in at_best_rate(runs) if run.family == "topk"]
-    groups = [group for group in grouped(topk, stream).values() if len({run.n_latents for run in group}) > 1]
-    if not groups:
+    topk = of_one_stream([run for run in at_best_rate(runs) if run.family == "topk"])
+    if len({run.n_latents for run in topk}) < 2:
         yield LeftOut(
             "scaling laws",
             "TopK runs of at least two n_latents on the same text are needed: topkapi sweep with several --n-latents",
         )
         return
-    yield _laws(sorted(max(groups, key=len), key=lambda run: (run.k, run.n_latents, run.seed)))
+    yield _laws(sorted(topk, key=lambda run: (run.k, run.n_latents, run.seed)))
 
 
 def _laws(runs: list[Run]) -> Figure:
@@ -42,7 +41,7 @@ def _laws(runs: list[Run]) -> Figure:
     canvas = Canvas(2, width=3.9, height=3.3)
     _draw_losses(canvas.panel("Error and fitted L(N, K)", "n_latents", "normalized MSE", "xy"), runs, joint)
     _draw_exponents(canvas.panel("Exponent of n_latents", "k", "d ln(reducible L) / d ln n", "x"), k, joint, single)
-    said_fits = [f"{name} the irreducible term: {_law_text(fit)}" for name, fit in joint.items()]
+    said_fits = [f"{name.capitalize()} the irreducible term: {_law_text(fit)}" for name, fit in joint.items()]
     fits = [name for name, fit in joint.items() if not isinstance(fit, str)]
     return Figure(
         name="laws",

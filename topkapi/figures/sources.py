@@ -290,6 +290,11 @@ def grouped(runs: Iterable[Run], key: Callable[[Run], Key]) -> dict[Key, list[Ru
     return dict(found)
 
 
+def of_one_stream(runs: Sequence[Run]) -> list[Run]:
+    """The largest group of runs of one stream; the first of equally large ones."""
+    return max(grouped(runs, stream).values(), key=len, default=[])
+
+
 def at_best_rate(runs: Iterable[Run]) -> list[Run]:
     """Of runs that differ in learning rate alone the one with the lowest held-out error; those without one go."""
     measured = [run for run in runs if run.metric("normalized_mse") is not None]
