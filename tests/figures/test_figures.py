@@ -16,7 +16,7 @@ from tests.figures.synthetic import D_MODEL, FREE_NORMS, L1, MODIFIED_L1, write_
 from topkapi import published
 from topkapi.cli import main
 from topkapi.errors import TopkapiError
-from topkapi.figures import densities, draw, frontier, modality, sources
+from topkapi.figures import densities, draw, frontier, laws, modality, sources
 from topkapi.figures.canvas import Canvas, colours, styled
 from topkapi.figures.figure import LeftOut, save, share_interval
 from topkapi.statistics.densities import dense_measure
@@ -62,6 +62,21 @@ def test_the_constants_of_a_law_are_recovered(drawn):
     assert numbers["joint"]["without"]["rms"] > 100 * numbers["joint"]["with"]["rms"]
     assert numbers["by_k"]["16"]["without"]["left_out"].startswith("2 parameters need at least 4 points")
     assert verdicts(drawn.figures["laws"]) == ["agrees", "agrees"]
+
+
+def test_a_law_of_one_k_is_recovered(tmp_path):
+    write_sweep(
+        tmp_path / "sweep", [Grid(n_latents=(64, 128, 256, 512, 1024, 2048), k=(32,))], counts=False, metrics=False
+    )
+    with styled():
+        (figure,) = laws.figures(sources.read_folders([tmp_path / "sweep"]))
+    found = figure.numbers["by_k"][32]["with"]["parameters"]
+    k = np.array([32.0])
+    assert found["exponent"] == pytest.approx(GPT4.exponent(k)[0], rel=1e-3)
+    assert found["irreducible"] == pytest.approx(GPT4.irreducible(k)[0], rel=1e-3)
+    line = [row for row in figure.canvas.rows if row.series == "law with irreducible term, k = 32"]
+    assert line[0].y == pytest.approx(GPT4.loss(np.array([64.0]), k)[0], rel=1e-3)
+    assert line[0].low <= line[0].y <= line[0].high
 
 
 def test_baselines_are_compared_at_the_same_l0(drawn):

@@ -42,7 +42,7 @@ STYLE: dict[str, Any] = {
     "svg.hashsalt": "topkapi",  # the same file for the same data
     "text.parse_math": False,  # names of runs are no formulas
 }
-TICKS = ((0.3, (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)), (0.8, (1, 1.5, 2, 3, 4, 6, 8)), (1.8, (1, 2, 5)))
+TICKS = ((0.3, (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)), (1.0, (1, 1.5, 2, 3, 4, 6, 8)), (1.8, (1, 2, 5)))
 """Digits of ticks on logarithmic axes of fewer than so many decades."""
 MOST_LABELS = 14
 WIDTH, HEIGHT = 3.3, 2.9  # inches of a panel

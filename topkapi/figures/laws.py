@@ -39,10 +39,18 @@ def _laws(runs: list[Run]) -> Figure:
         for one in np.unique(k)
     }
     canvas = Canvas(2, width=3.9, height=3.3)
-    _draw_losses(canvas.panel("Error and fitted L(N, K)", "n_latents", "normalized MSE", "xy"), runs, joint)
+    fits = [name for name, fit in joint.items() if not isinstance(fit, str)]
+    title = "Error and fitted L(N, K)" if fits else "Error and fitted L(N)"
+    drawn = {one: joint if fits else both for one, both in single.items()}
+    _draw_losses(canvas.panel(title, "n_latents", "normalized MSE", "xy"), runs, drawn)
     _draw_exponents(canvas.panel("Exponent of n_latents", "k", "d ln(reducible L) / d ln n", "x"), k, joint, single)
     said_fits = [f"{name.capitalize()} the irreducible term: {_law_text(fit)}" for name, fit in joint.items()]
-    fits = [name for name, fit in joint.items() if not isinstance(fit, str)]
+    if not fits:
+        said_fits += [
+            f"L(N) at k = {one}, {name} it: {_law_text(fit)}"
+            for one, both in single.items()
+            for name, fit in both.items()
+        ]
     return Figure(
         name="laws",
         title="Scaling laws of the error",
@@ -51,7 +59,8 @@ def _laws(runs: list[Run]) -> Figure:
         f"{counted(len(runs), 'TopK run')}"
         f", each trained on {runs[0].tokens:,} tokens, whether or not it had converged by then. A point is a run; fits "
         "take the geometric mean of seeds, so that each n_latents and k counts once. Solid: "
-        "L(N, K) with an irreducible term; dashed: without; bands: 95 % by bootstrap of residuals. Dotted: the paper's "
+        f"{'L(N, K)' if fits else 'L(N) at each k,'} with an irreducible term; dashed: without; "
+        "bands: 95 % by bootstrap of residuals. Dotted: the paper's "
         "L(N, K) of GPT-4 activations, moved to these points' mean at each k: other data, for its "
         "shape alone. Right: the "
         "exponent of n_latents in the reducible part; squares: L(N) fitted to each k by itself, without such a term.",
@@ -84,22 +93,20 @@ def _fitted(fit: Any, *measured: np.ndarray, irreducible: bool) -> LawFit | str:
         return str(error)
 
 
-def _draw_losses(panel: Panel, runs: list[Run], joint: dict) -> None:
+def _draw_losses(panel: Panel, runs: list[Run], fits: dict[int, dict[str, LawFit | str]]) -> None:
+    """Points and laws of each k; one of them with its band."""
     by_k = grouped(runs, _k)
     sizes = [run.n_latents for run in runs]
     span = np.geomspace(min(sizes), max(sizes), 60)
     for (k, mine), colour in zip(by_k.items(), colours(len(by_k)), strict=True):
         n, loss = [run.n_latents for run in mine], [_mse(run) for run in mine]
-        panel.points(f"k = {k}", n, loss, colour=colour, label=f"k = {k}" if isinstance(joint["with"], str) else "")
-        for (name, fit), dash in zip(joint.items(), ("-", "--"), strict=True):
+        panel.points(f"k = {k}", n, loss, colour=colour, label=f"k = {k}" if isinstance(fits[k]["with"], str) else "")
+        for (name, fit), dash in zip(fits[k].items(), ("-", "--"), strict=True):
             if isinstance(fit, str):
                 continue
-            values = fit.law.loss(span, np.full(len(span), k))
-            band = _band(fit, span, k) if name == _preferred(joint) else (None, None)
-            label = f"k = {k}" if name == "with" else ""
-            panel.line(
-                f"L(N, K) {name} irreducible, k = {k}", span, values, *band, colour=colour, dash=dash, label=label
-            )
+            band = _band(fit, span, k) if name == _preferred(fits[k]) else (None, None)
+            label, series = f"k = {k}" if name == "with" else "", f"law {name} irreducible term, k = {k}"
+            panel.line(series, span, _loss(fit.law, span, k), *band, colour=colour, dash=dash, label=label)
         gpt4 = GPT4.loss(np.array(n), np.full(len(n), k))
         moved = np.exp(np.mean(np.log(loss)) - np.mean(np.log(gpt4)))
         shape = moved * GPT4.loss(span, np.full(len(span), k))
@@ -113,8 +120,12 @@ def _preferred(joint: dict) -> str:
     return "with" if not isinstance(joint["with"], str) else "without"
 
 
+def _loss(law: JointLaw | PowerLaw, span: np.ndarray, k: int) -> np.ndarray:
+    return law.loss(span, np.full(len(span), k)) if isinstance(law, JointLaw) else law.loss(span)
+
+
 def _band(fit: LawFit, span: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    draws = np.array([law.loss(span, np.full(len(span), k)) for law in fit.draws])
+    draws = np.array([_loss(law, span, k) for law in fit.draws])
     intervals = [percentile_interval(column) for column in draws.T]
     return np.array([one.low for one in intervals]), np.array([one.high for one in intervals])
 
@@ -140,7 +151,7 @@ def _draw_exponents(panel: Panel, k: np.ndarray, joint: dict, single: dict) -> N
     panel.x_ticks([int(one) for one in np.unique(k)])
 
 
-def _law_text(fit: LawFit[JointLaw] | str) -> str:
+def _law_text(fit: LawFit | str) -> str:
     if isinstance(fit, str):
         return f"no fit ({fit.rstrip('.')})."
     values = asdict(fit.law)
