@@ -24,11 +24,11 @@ from torch.profiler import ProfilerActivity, profile
 from topkapi import Autoencoder
 from topkapi.config import AuxKConfig, OptimConfig, ParallelConfig
 from topkapi.dead import DeadCounter
-from topkapi.figures import pyplot
 from topkapi.model import Working
 from topkapi.ops.normalise import normalise
 from topkapi.optim import Optimizer
 from topkapi.parallel import ALONE, Mesh, mesh_of, open_mesh
+from topkapi.plotting import pyplot
 from topkapi.step import topk_step
 
 CASES = [  # n_latents, d_model, tokens a GPU, precision

@@ -13,11 +13,11 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # A room is a file or folder directly in topkapi/. It imports rooms of lower layers, and files of its own folder.
 ROOMS_OF_LAYER = {
-    0: ["config", "errors", "ops", "files", "console", "parallel", "geometric_median", "published"],
+    0: ["config", "errors", "ops", "files", "console", "parallel", "geometric_median", "plotting", "published"],
     1: ["model", "loss", "exchange", "gradients", "statistics"],
     2: ["auxk", "step", "optim", "checkpoint", "formats", "data", "dead", "metrics"],
-    3: ["train", "evaluate", "explore", "figures", "study", "scaling"],
-    4: ["cli", "recipes", "viewer", "demo", "evaluation", "bench", "sweep", "__main__", "__init__"],
+    3: ["train", "evaluate", "explore", "study", "scaling"],
+    4: ["cli", "recipes", "viewer", "demo", "evaluation", "bench", "sweep", "figures", "__main__", "__init__"],
 }
 LAYER = {room: layer for layer, rooms in ROOMS_OF_LAYER.items() for room in rooms}
 
@@ -28,11 +28,11 @@ SIDEWAYS = {
     "model": {"exchange"},
     "step": {"auxk"},
     "train": {"evaluate"},
-    "scaling": {"figures"},
     "study": {"evaluate"},
     "explore": {"evaluate", "study", "train"},
-    "cli": {"bench", "demo", "evaluation", "recipes", "sweep", "viewer"},
-    "demo": {"evaluation"},
+    "figures": {"recipes", "sweep"},
+    "demo": {"evaluation", "figures"},
+    "cli": {"bench", "demo", "evaluation", "figures", "recipes", "sweep", "viewer"},
     "viewer": {"sweep"},
     "__main__": {"cli"},
 }

@@ -22,9 +22,9 @@ from topkapi.bench.cases import SUITES, Case
 from topkapi.config import EvalConfig, StudyConfig, TrainConfig
 from topkapi.console import console, say
 from topkapi.errors import TopkapiError
-from topkapi.figures import require_matplotlib
 from topkapi.files import write_text_atomic
 from topkapi.parallel import launched, speaks
+from topkapi.plotting import require_matplotlib
 from topkapi.published import CONFIG
 from topkapi.recipes import RECIPES
 from topkapi.scaling.quantities import parse_size
@@ -266,6 +266,21 @@ class ExportOptions:
 
 
 @dataclass(kw_only=True)
+class FiguresOptions:
+    """Draw figures of runs and sweeps for a paper, each as PNG and SVG, its data as CSV and its numbers as JSON. What
+    the folders do not allow is left out, with a line that says what would supply it."""
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run folders of topkapi train and --out folders of topkapi sweep; a sweep may be unfinished."""
+
+    out: Path = Path("runs/figures")
+    """Folder that receives them."""
+
+    report: str = ""
+    """File that receives all of it as one HTML page."""
+
+
+@dataclass(kw_only=True)
 class PlanOptions:
     """Plan training on many GPUs: the fastest mesh, its memory and its step's time by part, from a model of both.
 
@@ -495,6 +510,15 @@ def _run_and_options(command: str, arguments: Sequence[str], options: type, fold
     return Path(run), _parse(options, f"topkapi {command} {run}", rest)
 
 
+def figures_command(arguments: Sequence[str]) -> None:
+    """topkapi figures RUN_OR_SWEEP ... [--out FOLDER] [--report out.html]: pictures for a paper, with their data."""
+    command = _parse(FiguresOptions, "topkapi figures", arguments or ["--help"])
+    require_matplotlib()
+    from topkapi.figures import draw
+
+    draw(command.folders, command.out, Path(command.report) if command.report else None)
+
+
 def demo_command(arguments: Sequence[str]) -> None:
     """topkapi demo [--field value ...]: train, evaluate and show a small one on a real language model."""
     from topkapi.demo import demo
@@ -623,6 +647,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "steer": steer_command,
     "view": view_command,
     "export": export_command,
+    "figures": figures_command,
     "bench": bench_command,
     "plan": plan_command,
 }

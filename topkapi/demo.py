@@ -14,8 +14,9 @@ from topkapi.config import StudyConfig, TrainConfig
 from topkapi.console import say
 from topkapi.evaluate.contexts import Strongest, choose_latents, format_contexts, strongest_contexts
 from topkapi.evaluation import evaluate_opened, print_table
-from topkapi.figures import draw_run, require_matplotlib
+from topkapi.figures.overview import draw_run
 from topkapi.model import Autoencoder
+from topkapi.plotting import require_matplotlib
 from topkapi.published import CONFIG
 from topkapi.study import write_study
 from topkapi.study.layout import STUDY

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from topkapi.figures import pyplot
 from topkapi.files import write_atomic
+from topkapi.plotting import pyplot
 from topkapi.scaling.planner import Plan
 from topkapi.scaling.quantities import count_text, ms_text
 from topkapi.scaling.report import ORDER, grouped

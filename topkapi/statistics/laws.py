@@ -21,7 +21,7 @@ Source: Gao et al. 2024, sections 3.1 and 3.2.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -97,6 +97,8 @@ class LawFit(Generic[Law]):
     """For each parameter of the law: 95 % by bootstrap. A term that was left out has none."""
     residuals: Float[np.ndarray, " n"]
     """ln(predicted) - ln(measured), in the order of the measurements."""
+    draws: tuple[Law, ...]
+    """The laws of the bootstrap, for the interval of what follows from a law: a loss, an exponent."""
 
     @property
     def rms(self) -> float:
@@ -197,9 +199,9 @@ def _fit(
     draws = []
     for drawn in np.random.default_rng(seed).choice(_inflated(residuals, slopes), (n_bootstrap, n_points)):
         again, _ = _descend(columns_a, columns_b, predicted - drawn, best)
-        draws.append(asdict(law(original(again))))
-    intervals = {name: percentile_interval(np.array([draw[name] for draw in draws])) for name in names}
-    return LawFit(law(original(best)), intervals, residuals)
+        draws.append(law(original(again)))
+    intervals = {name: percentile_interval(np.array([getattr(draw, name) for draw in draws])) for name in names}
+    return LawFit(law(original(best)), intervals, residuals, tuple(draws))
 
 
 def _inflated(residuals: Float[np.ndarray, " n"], slopes: Float[np.ndarray, "n p"]) -> Float[np.ndarray, " n"]:

@@ -1,6 +1,5 @@
-"""Pictures of a run, drawn with matplotlib (extra `plot`) from the files in its folder."""
+"""The picture at the end of the demo: one run at a glance."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,8 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from topkapi.errors import TopkapiError
 from topkapi.files import write_atomic
+from topkapi.plotting import pyplot
 
 
 def draw_run(run: Path, density: Float[Tensor, " n_latents"], title: str) -> Path:
@@ -67,19 +66,3 @@ def _losses(axes: Any, results: dict[str, float | None]) -> None:
     recovered = results["loss_recovered"]
     axes.set(ylabel="cross-entropy, nats per token")
     axes.set_title("next-token loss" if recovered is None else f"next-token loss: {recovered:.1%} recovered")
-
-
-def require_matplotlib() -> None:
-    """Raise TopkapiError if matplotlib is missing: to be called before long work that ends in a picture."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise TopkapiError("a picture needs matplotlib: pip install 'topkapi[plot]'.")
-
-
-def pyplot() -> Any:
-    require_matplotlib()
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt

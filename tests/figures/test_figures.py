@@ -1,0 +1,286 @@
+"""Seen to fail when: the irreducible term is asked for the other way round; baselines are compared with TopK's means
+over L0 on straight axes instead of logarithmic ones; a line is recorded in another order than it is drawn; unit and
+free norms change places; seeds that differ in learning rate too are matched."""
+
+import csv
+import json
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from tests.figures.conftest import SEEDS, SHARED_ROWS
+from tests.figures.synthetic import D_MODEL, FREE_NORMS, L1, MODIFIED_L1, write_sweep
+from topkapi import published
+from topkapi.cli import main
+from topkapi.errors import TopkapiError
+from topkapi.figures import densities, draw, frontier, laws, modality, sources
+from topkapi.figures.canvas import Canvas, colours, styled
+from topkapi.figures.figure import LeftOut, save, share_interval
+from topkapi.statistics.densities import dense_measure
+from topkapi.statistics.laws import GPT4
+from topkapi.sweep.grid import Grid
+
+NAMES = {
+    "training", "decoder-norm", "densities-n2048-k16-seed0", "densities", "dense", "laws", "error-l0", "downstream",
+    "progressive", "refinement", "seeds",
+}  # fmt: skip
+
+
+def verdicts(figure):
+    return [claim.verdict for claim in figure.claims]
+
+
+def test_all_that_the_files_allow_is_drawn_and_the_rest_is_named(drawn):
+    assert set(drawn.figures) == NAMES
+    assert set(drawn.left_out) == {"modes of activations"}
+    assert "topkapi study" in drawn.left_out["modes of activations"]
+    for name in NAMES:
+        assert {path.suffix for path in drawn.out.glob(f"{name}.*")} == {".png", ".svg", ".csv", ".json"}
+
+
+def test_the_data_beside_a_picture_are_those_in_it(drawn):
+    for name, figure in drawn.figures.items():
+        with (drawn.out / f"{name}.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        for panel in figure.canvas.panels:
+            mine = [row for row in rows if row["panel"] == panel.title and row["kind"] != "bins"]
+            written = {(float(row["x"]), float(row["y"])) for row in mine if row["x"] and row["y"]}
+            drawn_lines = [line for line in panel.axes.lines if line.get_transform() == panel.axes.transData]
+            lines = [line for line in drawn_lines if line.get_marker() != "_"]  # ends of error bars
+            pairs = np.concatenate([np.stack([np.asarray(one, float) for one in line.get_data()], 1) for line in lines])
+            shown = {(float(x), float(y)) for x, y in pairs if np.isfinite([x, y]).all()}
+            assert written == shown, (name, panel.title)
+
+
+def test_the_constants_of_a_law_are_recovered(drawn):
+    numbers = json.loads((drawn.out / "laws.json").read_text())["numbers"]
+    with_term = numbers["joint"]["with"]["parameters"]
+    assert with_term == pytest.approx(asdict(GPT4), rel=1e-3)
+    assert numbers["joint"]["without"]["rms"] > 100 * numbers["joint"]["with"]["rms"]
+    assert numbers["by_k"]["16"]["without"]["left_out"].startswith("2 parameters need at least 4 points")
+    assert verdicts(drawn.figures["laws"]) == ["agrees", "agrees"]
+
+
+def test_a_law_of_one_k_is_recovered(tmp_path):
+    write_sweep(
+        tmp_path / "sweep", [Grid(n_latents=(64, 128, 256, 512, 1024, 2048), k=(32,))], counts=False, metrics=False
+    )
+    with styled():
+        (figure,) = laws.figures(sources.read_folders([tmp_path / "sweep"]))
+    found = figure.numbers["by_k"][32]["with"]["parameters"]
+    k = np.array([32.0])
+    assert found["exponent"] == pytest.approx(GPT4.exponent(k)[0], rel=1e-3)
+    assert found["irreducible"] == pytest.approx(GPT4.irreducible(k)[0], rel=1e-3)
+    line = [row for row in figure.canvas.rows if row.series == "law with irreducible term, k = 32"]
+    assert line[0].y == pytest.approx(GPT4.loss(np.array([64.0]), k)[0], rel=1e-3)
+    assert line[0].low <= line[0].y <= line[0].high
+
+
+def test_baselines_are_compared_at_the_same_l0(drawn):
+    figure = drawn.figures["error-l0"]
+    ratios = {(one["family"], one["l0"]): one["ratio"] for one in figure.numbers["baselines_over_topk"]}
+    assert len(ratios) == 5
+    for (family, _), ratio in ratios.items():  # TopK's line between neighbouring k is not quite the law
+        assert ratio == pytest.approx({"l1": L1, "l1_decoder_norm": MODIFIED_L1}[family], rel=0.02)
+    assert verdicts(figure) == ["agrees"]
+    squared = {one["family"]: one["ratio"] for one in drawn.figures["downstream"].numbers["baselines_over_topk"]}
+    assert squared["l1"] == pytest.approx(L1**2, rel=0.03)
+    assert verdicts(drawn.figures["downstream"]) == ["agrees"]
+
+
+def test_a_baseline_outside_the_l0_of_topk_is_not_compared(tmp_path):
+    grids = [
+        Grid(n_latents=(128,), k=(16, 32)),
+        Grid(n_latents=(128,), k=(16,), sparsity=("l1",), l1_coefficient=(0.01, 0.1)),
+    ]
+    write_sweep(tmp_path / "sweep", grids)
+    runs = sources.read_folders([tmp_path / "sweep"])
+    with styled():
+        figure = next(one for one in frontier.figures(runs) if not isinstance(one, LeftOut))
+    assert figure.numbers["baselines_over_topk"] == []
+    assert verdicts(figure) == ["undecided"]
+
+
+def test_unit_norm_is_compared_batch_by_batch(drawn):
+    figure = drawn.figures["decoder-norm"]
+    (pair,) = figure.numbers["pairs"]
+    assert (pair["name"], pair["n_batches"]) == ("n2048-k16-seed0", 6)
+    assert pair["percent"] == pytest.approx(100 * (1 / FREE_NORMS - 1))
+    assert pair["held_out_unit"] / pair["held_out_free"] == pytest.approx(1 / FREE_NORMS)
+    assert figure.runs == ["n2048-k16-seed0", "n2048-k16-free-seed0"]
+    assert verdicts(figure) == ["agrees"]
+
+
+def test_families_of_densities_are_told_apart(drawn):
+    assert verdicts(drawn.figures["densities-n2048-k16-seed0"]) == ["agrees", "agrees", "agrees"]
+    assert verdicts(drawn.figures["densities"])[-1] == "agrees"
+    rows = drawn.figures["densities-n2048-k16-seed0"].canvas.panels[0].rows
+    bins = [row for row in rows if row.kind == "bins"]
+    fired = sum(row.y * (row.x_end - row.x) for row in bins)
+    counts = drawn.figures["densities-n2048-k16-seed0"].numbers
+    assert fired == pytest.approx(counts["n_latents"] - counts["n_dead"])
+
+
+def test_bins_of_densities_each_hold_a_count():
+    fired = np.array([1, 1, 2, 3, 5, 8, 400, 0])
+    found = sources.Firings(fired, fired.astype(float), 1000, "")
+    edges, heights = densities._histogram_of(found, "density")
+    counts = 1000 * 10**edges
+    assert np.allclose(counts % 1, 0.5)
+    assert (np.diff(counts) >= 0.999).all()
+    assert (heights * np.diff(edges)).sum() == pytest.approx(7)
+
+
+def test_dense_measures_are_those_of_the_statistics(drawn, sweep):
+    rows = {row["run"]: row for row in drawn.figures["dense"].numbers["runs"]}
+    with np.load(sweep / "n512-k64-seed0" / "held_out.npz") as arrays:
+        density = arrays["n_fired"] / arrays["n_tokens"]
+    row = rows["n512-k64-seed0"]
+    assert row["measure"] == dense_measure(density, D_MODEL, float(density.sum()))
+    assert row["mass"] == D_MODEL * row["measure"]
+    assert row["low"] < row["mass"] < row["high"]
+
+
+def test_latents_that_seeds_share_are_counted(drawn):
+    (group,) = drawn.figures["seeds"].numbers["groups"]
+    share = SHARED_ROWS / 2048
+    assert group["n_pairs"] == 1
+    assert group["nearest"] == pytest.approx([share, share], abs=0.15)  # unrelated rows of 24 numbers are close as well
+    curve = [
+        row
+        for row in drawn.figures["seeds"].canvas.panels[0].rows
+        if row.kind == "line" and row.series.endswith("nearest")
+    ]
+    assert next(row.y for row in curve if row.x == 0.99) == pytest.approx(share, abs=0.01)
+    assert drawn.figures["seeds"].runs == SEEDS
+
+
+def test_codes_are_read_from_evaluations(drawn):
+    assert verdicts(drawn.figures["progressive"]) == ["agrees"]
+    assert all(one["change"] == 0 for one in drawn.figures["progressive"].numbers["runs"])
+    assert verdicts(drawn.figures["refinement"]) == ["agrees"]
+    rows = drawn.figures["refinement"].numbers["runs"]
+    assert {row["total_ratio"][0] for row in rows if row["family"] == "l1"} == {1.2}
+
+
+def test_modes_are_found_where_there_are_two():
+    random = np.random.default_rng(0)
+    latents = [random.normal(2, 0.3, 300), np.concatenate([random.normal(1, 0.1, 150), random.normal(3, 0.1, 150)])]
+
+    def studied(layer, share):
+        def latent(i):
+            values = latents[1 if i < share * 20 else 0]
+            histogram = SimpleNamespace(counts=np.array([1, 2]), edges=np.array([0.0, 1.0, 2.0]))
+            return SimpleNamespace(i=i, values=values, histogram=lambda _: histogram)
+
+        settings = {"language_model.site": f"resid_post.{layer}"}
+        run = sources.Run(f"run{layer}", Path("absent"), settings, {}, False)
+        vars(run)["study"] = SimpleNamespace(n_fired=np.full(20, 300), latent=latent)
+        return run
+
+    with styled():
+        (figure,) = modality.figures([studied(8, 0.2), studied(2, 0.9)])
+    shares = [row["n_multimodal"] / row["n"] for row in figure.numbers["runs"]]
+    assert figure.runs == ["run2", "run8"]
+    assert shares == pytest.approx([0.9, 0.2], abs=0.06)
+    assert verdicts(figure) == ["agrees"]
+
+
+def test_one_point_is_drawn(tmp_path, capsys):
+    write_sweep(tmp_path / "sweep", [Grid(n_latents=(128,), k=(16,))])
+    figures, left_out = draw([tmp_path / "sweep"], tmp_path / "out")
+    assert {figure.name for figure in figures} == {
+        "training",
+        "densities-n128-k16-seed0",
+        "dense",
+        "error-l0",
+        "downstream",
+    }
+    assert "scaling laws" in {one.name for one in left_out}
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(figures) + len(left_out)
+
+
+def test_two_hundred_points_are_drawn(tmp_path):
+    grid = Grid(n_latents=(64, 128, 256, 512), k=tuple(range(1, 51)))
+    write_sweep(tmp_path / "sweep", [grid], noise=0.01, counts=False, metrics=False)
+    runs = sources.read_folders([tmp_path / "sweep"])
+    assert len(runs) == 200
+    with styled():
+        figure = next(one for one in frontier.figures(runs) if not isinstance(one, LeftOut))
+        save(figure, tmp_path)
+    assert (tmp_path / "error-l0.png").stat().st_size > 10_000
+
+
+def test_missing_values_are_gaps(tmp_path):
+    with styled():
+        canvas = Canvas(1)
+        panel = canvas.panel("P", "x", "y")
+        panel.line("a", [1, 2, 3], [1.0, None, 3.0], colour=colours(1)[0])
+        assert np.isnan(panel.axes.lines[0].get_ydata()[1])
+    assert [row.y for row in canvas.rows] == [1.0, None, 3.0]
+
+
+def test_undefined_metrics_leave_runs_out(tmp_path):
+    write_sweep(tmp_path / "sweep", [Grid(n_latents=(128, 256), k=(8, 16))])
+    path = tmp_path / "sweep" / "sweep.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[0] |= {"normalized_mse": None, "l0": None, "ce_spliced": None}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with styled():
+        figures = list(frontier.figures(sources.read_folders([tmp_path / "sweep"])))
+    assert [len(figure.runs) for figure in figures] == [3, 3]
+
+
+def test_the_same_files_give_the_same_pictures(drawn, sweep, tmp_path):
+    with styled():
+        figure = next(one for one in frontier.figures(sources.read_folders([sweep])) if not isinstance(one, LeftOut))
+        save(figure, tmp_path)
+    for form in ("png", "svg", "csv", "json"):
+        name = f"error-l0.{form}"
+        assert (tmp_path / name).read_bytes() == (drawn.out / name).read_bytes()
+
+
+def test_wilson_intervals_hold_the_share():
+    low, high = share_interval(0, 10)
+    assert (low, round(high, 3)) == (0.0, 0.278)
+    assert share_interval(10, 10).high == 1.0
+    assert 0.3 in share_interval(3, 10)
+
+
+def test_a_folder_that_is_neither_is_refused(tmp_path, capsys):
+    assert main(["figures", str(tmp_path)]) == 2
+    assert "neither a run nor a sweep" in capsys.readouterr().err
+    assert main(["figures", str(tmp_path / "absent")]) == 2
+    assert "no folder" in capsys.readouterr().err
+
+
+def test_a_published_autoencoder_is_no_run(tmp_path):
+    write_sweep(tmp_path / "sweep", [Grid(n_latents=(128,), k=(16,))])
+    run = tmp_path / "sweep" / "n128-k16-seed0"
+    config = sources.read_config(run)
+    assert [one.name for one in sources.read_folders([run, run, tmp_path / "sweep"])] == [run.name]
+    del config["training"]
+    published.write_config(run, {k: v for k, v in config.items() if k != "checksum"})
+    with pytest.raises(TopkapiError, match="no run folder"):
+        sources.read_folders([run])
+
+
+def test_points_without_their_folders_are_still_points(tmp_path, sweep):
+    for name in ("sweep.json", "sweep.jsonl"):
+        (tmp_path / name).write_bytes((sweep / name).read_bytes())
+    runs = sources.read_folders([tmp_path])
+    whole = {run.name: run for run in sources.read_folders([sweep])}
+    assert {run.name for run in runs} == {name for name, run in whole.items() if run.metrics}
+    for run in runs:
+        assert (run.family, run.k, run.seed) == (whole[run.name].family, whole[run.name].k, whole[run.name].seed)
+
+
+def test_runs_of_two_sweeps_with_one_name_are_told_apart(tmp_path):
+    for name in ("a", "b"):
+        write_sweep(tmp_path / name, [Grid(n_latents=(128,), k=(16,))])
+    found = sources.read_folders([tmp_path / "a", tmp_path / "b"])
+    assert [run.name for run in found] == ["a/n128-k16-seed0", "b/n128-k16-seed0"]

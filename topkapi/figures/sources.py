@@ -1,0 +1,304 @@
+"""What the given folders hold: runs with their settings, metrics, training curves and counts of firings.
+
+A folder is a run, as `topkapi train` leaves it, or a sweep, whose points are runs. A sweep may be unfinished: points
+that are not measured yet have their training curve alone.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from topkapi.errors import TopkapiError
+from topkapi.files import read_json
+from topkapi.published import CONFIG, WEIGHTS, read_config
+from topkapi.study.layout import PROGRESS, STUDY
+from topkapi.study.reader import Study, open_study
+from topkapi.sweep import SETTINGS, Point, read
+
+METRICS, EVALUATION, HELD_OUT = "metrics.jsonl", "eval.json", "held_out.npz"
+
+# Settings that change nothing in what is learnt.
+BESIDES = (
+    "eval.", "log_every", "save_every", "keep_checkpoints", "loggers", "async_checkpoints", "device", "parallel.",
+    "language_model.batch_contexts", "data.source",
+)  # fmt: skip
+STREAM = ("language_model.", "data.", "tokens", "batch_tokens")  # what is read, and how much of it
+UNIT_NORM, LR, SEED = "optim.unit_norm_decoder", "optim.lr", "model.seed"
+FAMILIES = {
+    "topk": "TopK",
+    "topk_free": "TopK, free norms",
+    "l1": "L1",
+    "l1_decoder_norm": "modified L1",
+}
+"""Kinds of autoencoders; modified L1 weighs each value with the norm of its decoder row (Conerly et al. 2024)."""
+
+
+@dataclass(frozen=True)
+class Firings:
+    """How often each latent fired on held-out text, and how strongly."""
+
+    n_fired: Int64[np.ndarray, " n_latents"]
+    sum_squares: Float64[np.ndarray, " n_latents"]
+    n_tokens: int
+    source: str
+    """The file or folder that says so."""
+
+    @property
+    def density(self) -> Float64[np.ndarray, " n_latents"]:
+        """Fraction of tokens on which each latent fires."""
+        return self.n_fired / self.n_tokens
+
+    @property
+    def importance(self) -> Float64[np.ndarray, " n_latents"]:
+        """Mean squared value over all tokens."""
+        return self.sum_squares / self.n_tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run folder, or a point of a sweep whose folder may be elsewhere."""
+
+    name: str
+    folder: Path
+    settings: dict[str, Any]
+    """Of the training config, by dotted names; lists as tuples."""
+    metrics: dict[str, Any]
+    """As `topkapi.evaluate.evaluate` defines them; empty where the run is not measured."""
+    is_point: bool
+    """Whether it came with a sweep."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What else config.json says: versions, commit, the autoencoder's sizes."""
+
+    @property
+    def n_latents(self) -> int:
+        return self.settings["model.n_latents"]
+
+    @property
+    def family(self) -> str:
+        """A key of `FAMILIES`."""
+        if self.settings["loss.sparsity"] != "none":
+            return self.settings["loss.sparsity"]
+        return "topk" if self.settings[UNIT_NORM] else "topk_free"
+
+    @property
+    def k(self) -> int | None:
+        """None for the ReLU baselines."""
+        return self.settings["model.k"] if self.settings["loss.sparsity"] == "none" else None
+
+    @property
+    def seed(self) -> int:
+        return self.settings[SEED]
+
+    @property
+    def tokens(self) -> int:
+        """Trained on, as asked for."""
+        return self.settings["tokens"]
+
+    @property
+    def d_model(self) -> int | None:
+        return self.facts.get("d_model")
+
+    def metric(self, name: str) -> float | None:
+        """A metric, None where it was not measured or is undefined."""
+        value = self.metrics.get(name)
+        return float(value) if value is not None and np.isfinite(value) else None
+
+    def interval(self, name: str) -> tuple[float | None, float | None]:
+        """Of a metric, from eval.json, where it has the very value; else None and None."""
+        low, high = self.evaluation.get("intervals", {}).get(name) or (None, None)
+        return (low, high) if self.evaluation.get(name) == self.metrics.get(name) else (None, None)
+
+    @cached_property
+    def evaluation(self) -> dict[str, Any]:
+        """eval.json; empty where there is none."""
+        path = self.folder / EVALUATION
+        return read_plain_json(path) if path.exists() else {}
+
+    @cached_property
+    def curve(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; the last one, if it is being written, is left out."""
+        path, lines = self.folder / METRICS, []
+        for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+        return lines
+
+    @cached_property
+    def study(self) -> Study | None:
+        """The finished study in RUN/study."""
+        folder = self.folder / "study"
+        if not (folder / STUDY).exists() or (folder / PROGRESS).exists():
+            return None
+        return open_study(folder, self.folder)
+
+    @cached_property
+    def firings(self) -> Firings | None:
+        """From RUN/study, else RUN/held_out.npz. None where there are neither, or no token was counted."""
+        if self.study is not None:
+            arrays, n_tokens = self.study.arrays, self.study.n_tokens
+            found = Firings(np.array(arrays["n_fired"]), np.array(arrays["sum_squares"]), n_tokens, "study")
+        elif (path := self.folder / HELD_OUT).exists():
+            found = _read_counts(path)
+        else:
+            return None
+        return found if found.n_tokens else None
+
+    @property
+    def has_weights(self) -> bool:
+        return (self.folder / WEIGHTS).exists()
+
+
+def read_plain_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises TopkapiError if the file is damaged."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise TopkapiError(f"{path} is damaged ({error}). Delete it and run topkapi eval again.") from None
+    if not isinstance(values, dict):
+        raise TopkapiError(f"{path} holds no JSON object. Delete it and run topkapi eval again.")
+    return values
+
+
+def read_folders(folders: Sequence[Path]) -> list[Run]:
+    """The runs in these folders, each once, in the order given; those of a sweep in the order of its points.
+
+    Raises:
+        TopkapiError: a folder is neither a run nor a sweep, or one of its files is damaged.
+    """
+    runs: dict[Path, Run] = {}
+    for folder in folders:
+        for run in _read_folder(folder):
+            runs.setdefault(run.folder.resolve(), run)
+    found, names = list(runs.values()), [run.name for run in runs.values()]
+    if len(set(names)) < len(names):  # of several sweeps
+        found = [Run(**{**_fields(run), "name": f"{run.folder.parent.name}/{run.name}"}) for run in found]
+    return found
+
+
+def _fields(run: Run) -> dict[str, Any]:
+    return {name: getattr(run, name) for name in Run.__dataclass_fields__}
+
+
+def _read_folder(folder: Path) -> list[Run]:
+    if not folder.is_dir():
+        raise TopkapiError(f"no folder {folder}: give run folders of topkapi train and --out folders of topkapi sweep.")
+    if (folder / SETTINGS).exists():
+        return _read_sweep(folder)
+    if (folder / CONFIG).exists():
+        return [_read_run(folder, None)]
+    raise TopkapiError(
+        f"{folder} is neither a run nor a sweep: it has no {CONFIG} and no {SETTINGS}. Give run folders of topkapi "
+        "train and --out folders of topkapi sweep."
+    )
+
+
+def _read_sweep(folder: Path) -> list[Run]:
+    points = {point.name: point for point in read(folder)}
+    settings = read_json(folder / SETTINGS, "Sweep", "Restore it from a copy, or sweep in another --out.")
+    runs = []
+    for name in [*points, *(name for name in settings["variants"] if name not in points)]:
+        point = points.get(name)
+        if (folder / name / CONFIG).exists():
+            runs.append(_read_run(folder / name, point))
+        elif point is not None:
+            shared = _flat(settings["shared"])
+            runs.append(Run(name, folder / name, shared | _settings_of(point), asdict(point), True, _facts(point)))
+    return runs
+
+
+def _read_run(folder: Path, point: Point | None) -> Run:
+    config = read_config(folder)
+    if "training" not in config:
+        raise TopkapiError(f"{folder} holds an autoencoder, but not the settings of its training: it is no run folder.")
+    metrics = asdict(point) if point else {}
+    if not metrics and (folder / EVALUATION).exists():
+        metrics = {k: v for k, v in read_plain_json(folder / EVALUATION).items() if not isinstance(v, dict | list)}
+    sizes = config.get("autoencoder", config)
+    facts = {"d_model": sizes.get("d_model")} | {name: config.get(name) for name in ("topkapi_version", "commit")}
+    return Run(folder.resolve().name, folder, _flat(config["training"]), metrics, point is not None, facts)
+
+
+def _settings_of(point: Point) -> dict[str, Any]:
+    """The settings that a point's line holds."""
+    return {
+        "model.n_latents": point.n_latents,
+        "model.k": point.k,
+        "model.seed": point.seed,
+        "model.activation": "topk" if point.sparsity == "none" else "relu",
+        "loss.sparsity": point.sparsity,
+        "loss.l1_coefficient": point.l1_coefficient,
+        "optim.lr": point.lr,
+        "optim.unit_norm_decoder": point.decoder_norm,
+    }
+
+
+def _facts(point: Point) -> dict[str, Any]:
+    return {"d_model": point.d_model}
+
+
+def _read_counts(path: Path) -> Firings:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            n_fired, sum_squares, n_tokens = (arrays[name] for name in ("n_fired", "sum_squares", "n_tokens"))
+    except (OSError, ValueError, KeyError) as error:
+        raise TopkapiError(f"{path} is damaged ({error}). Delete it and evaluate this run again.") from None
+    return Firings(n_fired.astype(np.int64), sum_squares.astype(np.float64), int(n_tokens), HELD_OUT)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = tuple(value) if isinstance(value, list) else value
+    return found
+
+
+def alike(run: Run, *but: str) -> tuple:
+    """All settings that matter, except those named: equal for runs that differ in these alone."""
+    left_out = (*BESIDES, *but)
+    return tuple(sorted((k, str(v)) for k, v in run.settings.items() if not k.startswith(left_out)))
+
+
+def stream(run: Run) -> tuple:
+    """Language model, site, text and tokens: only runs of one stream are compared in numbers."""
+    return tuple(
+        sorted(
+            (k, str(v)) for k, v in run.settings.items() if k.startswith(STREAM) and not k.startswith(BESIDES)
+        )
+    )  # fmt: skip
+
+
+Key = TypeVar("Key")
+
+
+def grouped(runs: Iterable[Run], key: Callable[[Run], Key]) -> dict[Key, list[Run]]:
+    """Runs by key, keys in the order of their first run."""
+    found: dict[Key, list[Run]] = defaultdict(list)
+    for run in runs:
+        found[key(run)].append(run)
+    return dict(found)
+
+
+def of_one_stream(runs: Sequence[Run]) -> list[Run]:
+    """The largest group of runs of one stream; the first of equally large ones."""
+    return max(grouped(runs, stream).values(), key=len, default=[])
+
+
+def at_best_rate(runs: Iterable[Run]) -> list[Run]:
+    """Of runs that differ in learning rate alone the one with the lowest held-out error; those without one go."""
+    measured = [run for run in runs if run.metric("normalized_mse") is not None]
+    return [
+        min(group, key=lambda run: run.metrics["normalized_mse"])
+        for group in grouped(measured, lambda run: alike(run, LR)).values()
+    ]
