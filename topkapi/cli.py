@@ -24,7 +24,7 @@ from topkapi.console import console, say
 from topkapi.errors import TopkapiError
 from topkapi.figures import require_matplotlib
 from topkapi.files import write_text_atomic
-from topkapi.parallel import launched, speaks
+from topkapi.parallel import launched, open_mesh, speaks
 from topkapi.published import CONFIG
 from topkapi.recipes import RECIPES
 from topkapi.scaling.quantities import parse_size
@@ -255,7 +255,7 @@ def eval_command(arguments: Sequence[str]) -> None:
 def study_command(arguments: Sequence[str]) -> None:
     """topkapi study RUN --tokens N [--out FOLDER]: the complete sparse code of held-out text, into RUN/study."""
     from topkapi.study import write_study
-    from topkapi.train import load_run, open_text
+    from topkapi.train import device_type, load_run, open_text
 
     if not arguments or {"-h", "--help"} & set(arguments):
         _parse(StudyOptions, "topkapi study RUN", ["--help"])
@@ -263,9 +263,11 @@ def study_command(arguments: Sequence[str]) -> None:
     folder = ["--out", str(Path(run) / "study")] if not any(text.split("=")[0] == "--out" for text in options) else []
     command = _parse(StudyOptions, f"topkapi study {run}", [*options, *folder])
     ae, config = load_run(Path(run))
-    text = open_text(config)
-    token_file = getattr(text.splits, command.config.split)
-    write_study(Path(run), ae, text.language_model, token_file, config.data, command.config, command.out)
+    with open_mesh(1, device_type(config)) as mesh:
+        mesh = mesh.apart()  # whose collectives wait as long as rank 0 takes to write
+        text = mesh.first_before_others(lambda: open_text(config))
+        token_file = getattr(text.splits, command.config.split)
+        write_study(Path(run), ae, text.language_model, token_file, config.data, command.config, command.out, mesh)
     say(f"study: {command.out}. Read it: topkapi.study.open({str(command.out)!r})")
 
 
@@ -396,7 +398,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "bench": bench_command,
     "plan": plan_command,
 }
-TOGETHER = ("train", "plan")  # run in several processes; plan for --measure
+TOGETHER = ("train", "study", "plan")  # run in several processes; plan for --measure
 SPEAKING_SECONDS = 1.0
 
 
@@ -442,7 +444,7 @@ def _run(arguments: list[str]) -> int:
             raise TopkapiError(f"no command {name!r}. Commands: {', '.join(COMMANDS)}.")
         if launched() and name not in TOGETHER:
             raise TopkapiError(
-                f"topkapi {name} runs in one process: start it without torchrun, which is for {' and '.join(TOGETHER)}."
+                f"topkapi {name} runs in one process: start it without torchrun, which is for {', '.join(TOGETHER)}."
             )
         COMMANDS[name](rest)
     except TopkapiError as error:
