@@ -5,6 +5,7 @@ autoencoders side by side share a dead counter; an error of a checkpoint beside 
 import errno
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -16,7 +17,7 @@ from torch.distributed import checkpoint as dcp
 
 from tests.command_line import assert_same_run, contents, metrics, one_line, train_arguments
 from tests.data.tiny import make_corpus
-from topkapi import checkpoint
+from topkapi import checkpoint, published
 from topkapi.config import LossConfig, ModelConfig, OptimConfig, to_dict
 from topkapi.data.activations import LiveBlocks
 from topkapi.data.batches import ShuffledBatches
@@ -24,7 +25,7 @@ from topkapi.data.pipeline import BatchesAhead
 from topkapi.errors import TopkapiError
 from topkapi.model import Working
 from topkapi.parallel import ALONE
-from topkapi.train import Interrupted, Trainer, _warn_of_loss, load_run, train
+from topkapi.train import Interrupted, Trainer, _warn_of_loss, load_run, saved_config, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -354,6 +355,28 @@ def test_saved_settings_are_complete(undisturbed, tiny_config):
     saved = json.loads((undisturbed / "config.json").read_text())
     assert saved["training"] == to_dict(tiny_config.resolved(64))
     assert Path(saved["language_model"]).is_dir()
+
+
+def forget(run, *names):
+    """Make a run's config.json that of a version without these fields."""
+    description = published.read_config(run)
+    for name in names:
+        del description["training"][name]
+    published.write_config(run, description)
+
+
+def test_a_run_of_an_older_version_is_opened_and_resumed(undisturbed, tiny_config, tmp_path, capsys):
+    old, run = tmp_path / "old", tmp_path / "run"
+    shutil.copytree(undisturbed, old)
+    train_until([tiny_config], [run], 12)
+    for folder in (old, run):
+        forget(folder, "async_checkpoints", "parallel")
+    capsys.readouterr()
+    assert saved_config(old) == load_run(old)[1] == saved_config(undisturbed)
+    assert capsys.readouterr().err.count("without parallel, async_checkpoints") == 1
+    train([saved_config(run)], [run], resume=True)
+    assert "without parallel, async_checkpoints" in capsys.readouterr().err
+    assert_same_run(run, undisturbed)
 
 
 def test_a_broken_neighbour_is_left_behind(undisturbed, tiny_config, tmp_path, capsys):

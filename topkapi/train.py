@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from topkapi import checkpoint, published
-from topkapi.config import TrainConfig, cache_folder, differences, from_dict, to_dict
+from topkapi.config import TrainConfig, absent, cache_folder, differences, from_dict, to_dict
 from topkapi.console import console, progress, say
 from topkapi.data.activations import CachedBlocks, LiveBlocks
 from topkapi.data.batches import ShuffledBatches, part_of_batch
@@ -490,13 +491,27 @@ def load_run(run: Path) -> tuple[Autoencoder, TrainConfig]:
     ae = Autoencoder.from_pretrained(run)
     if ae.training_config is None:
         raise TopkapiError(f"{run} was not trained by Topkapi: its config.json holds no training settings.")
-    return ae, from_dict(TrainConfig, ae.training_config)
+    return ae, _config_of(run, ae.training_config)
 
 
 def saved_config(run: Path) -> TrainConfig:
     """The config that a run folder was started with."""
     _require_run(run)
-    return from_dict(TrainConfig, published.read_config(run)["training"])
+    return _config_of(run, published.read_config(run)["training"])
+
+
+def _config_of(run: Path, values: dict[str, Any]) -> TrainConfig:
+    """The config that a run's files hold; older ones may lack fields of this version."""
+    if names := absent(TrainConfig, values):
+        _say_once(
+            f"{run}: saved by an older version, without {', '.join(names)}; defaults, which do as it did, are used."
+        )
+    return from_dict(TrainConfig, values)
+
+
+@cache  # a command reads a run's config more than once
+def _say_once(text: str) -> None:
+    say(text)
 
 
 def _require_run(run: Path) -> None:
