@@ -147,7 +147,8 @@ class Trainer:
         config, n_tokens = self.config, len(x) * self.mesh.n_replicas
         if config.model.activation == "topk":
             subset = self.dead.subset(config.auxk.dead_after, n_tokens)
-            found = topk_step(self.ae, x, self.scale, subset, config.auxk, self.working, self.mesh, config.parallel)
+            given = (subset, config.auxk, self.working, self.mesh, config.parallel)
+            found = topk_step(self.ae, x, self.scale, *given, count_lost=_is_logged(config, step + 1))
         else:
             found = relu_step(self.ae, x, self.scale, config.loss, self.working, self.mesh)
         self.optimizer.step_(self.ae, found.gradients, learning_rate(config.optim, step, config.n_steps))
@@ -352,7 +353,7 @@ def _loop(
                 step, position = step + 1, batches.state()
                 tokens = step * config.batch_tokens
                 shown = {}
-                if step % config.log_every == 0 or step == config.n_steps:
+                if _is_logged(config, step):
                     _drop_broken(trainers, logs, step, saver)  # waits for the device: the rate is of work done
                     rate = (step - first) * config.batch_tokens / (time.monotonic() - started)
                     shown = _log(trainers, logs, step, tokens, rate)
@@ -374,6 +375,11 @@ def _loop(
     finally:
         for log in logs:
             log.close()
+
+
+def _is_logged(config: TrainConfig, step: int) -> bool:
+    """Whether a line of metrics is due after so many steps."""
+    return step % config.log_every == 0 or step == config.n_steps
 
 
 def _open_log(trainer: Trainer, step: int) -> MetricsLog | NoLog:
