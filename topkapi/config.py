@@ -338,12 +338,12 @@ class TrainConfig:
             raise TopkapiError("ModelConfig.activation='relu' trains in float32 with float32 optimiser state only.")
         if self.model.activation == "relu" and self.parallel.shards > 1:
             raise TopkapiError(
-                f"ModelConfig.activation='relu' is not divided into shards; got ParallelConfig.shards="
+                "ModelConfig.activation='relu' is not divided into shards; got ParallelConfig.shards="
                 f"{self.parallel.shards}. Leave --parallel.shards at 1."
             )
         if self.model.activation == "relu" and self.parallel.micro_batch_tokens:
             raise TopkapiError(
-                f"ModelConfig.activation='relu' takes a batch at once; got ParallelConfig.micro_batch_tokens="
+                "ModelConfig.activation='relu' takes a batch at once; got ParallelConfig.micro_batch_tokens="
                 f"{self.parallel.micro_batch_tokens}. Leave --parallel.micro-batch-tokens at 0; lower --batch-tokens."
             )
         if self.loss.sparsity == "l1_decoder_norm" and self.optim.unit_norm_decoder:
