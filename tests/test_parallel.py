@@ -263,17 +263,18 @@ def test_auto_is_the_exchange_with_fewer_bytes() -> None:
 def test_every_owner_has_latents_or_all_are_refused() -> None:
     for n_latents, n_replicas, n_shards in itertools.product(range(1, 40), range(1, 6), range(1, 6)):
         meshes = [Mesh(n_replicas, n_shards, rank) for rank in range(n_replicas * n_shards)]
+        job = Job(n_latents=n_latents, d_model=8, k=1, batch_tokens=60, auxk=0)
         try:
             parts = [mesh.owned(n_latents, rank) for mesh in meshes[:1] for rank in range(len(meshes))]
         except TopkapiError:
             with pytest.raises(TopkapiError):
-                rank_of(Job(n_latents=n_latents, d_model=8, k=1, batch_tokens=60), layout(n_replicas, n_shards))
+                rank_of(job, layout(n_replicas, n_shards))
             continue
         ordered = [parts[rank] for shard in range(n_shards) for rank in range(shard, len(meshes), n_shards)]
         assert [part.start for part in ordered] == [0, *(part.stop for part in ordered[:-1])]
         assert ordered[-1].stop == n_latents
         assert all(part.stop > part.start for part in parts)
-        rank_of(Job(n_latents=n_latents, d_model=8, k=1, batch_tokens=60), layout(n_replicas, n_shards))
+        rank_of(job, layout(n_replicas, n_shards))
 
 
 def layout(n_replicas: int, n_shards: int) -> Layout:

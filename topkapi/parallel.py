@@ -88,8 +88,7 @@ class Mesh:
         part = -(-n_latents // self.n_shards)
         if (self.n_shards - 1) * part >= n_latents:
             raise TopkapiError(
-                f"{n_latents} latents do not fill {self.n_shards} shards: lower --parallel.shards, or raise "
-                "--model.n-latents."
+                f"{n_latents:,} latents do not fill {self.n_shards} shards: take fewer shards, or more latents."
             )
         start = (self.shard if shard is None else shard) * part
         return slice(start, min(start + part, n_latents))
@@ -106,8 +105,8 @@ class Mesh:
         part = self.largest_part(whole.stop - whole.start)
         if (self.n_replicas - 1) * part >= whole.stop - whole.start:
             raise TopkapiError(
-                f"{n_latents} latents on {self.n_shards} shards do not fill {self.n_replicas} replicas: launch fewer "
-                "processes, or raise --model.n-latents."
+                f"{n_latents:,} latents on {self.n_shards} shards do not fill {self.n_replicas} replicas: take fewer "
+                "processes, or more latents."
             )
         start = whole.start + replica * part
         return slice(start, min(start + part, whole.stop))
