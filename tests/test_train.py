@@ -17,6 +17,7 @@ from torch.distributed import checkpoint as dcp
 
 from tests.command_line import assert_same_run, contents, metrics, one_line, train_arguments
 from tests.data.tiny import make_corpus
+import topkapi.train
 from topkapi import checkpoint, published
 from topkapi.config import LossConfig, ModelConfig, OptimConfig, to_dict
 from topkapi.data.activations import LiveBlocks
@@ -387,6 +388,18 @@ def test_a_broken_neighbour_is_left_behind(undisturbed, tiny_config, tmp_path, c
     assert "The others go on without it" in capsys.readouterr().err
     assert not (runs[0] / "model.safetensors").exists()
     assert_same_run(runs[1], undisturbed)
+
+
+def test_what_is_lost_is_counted_in_logged_steps_alone(tiny_config, tmp_path, monkeypatch):
+    asked, step = [], topkapi.train.topk_step
+
+    def recorded(*given, count_lost):
+        asked.append(count_lost)
+        return step(*given, count_lost=count_lost)
+
+    monkeypatch.setattr("topkapi.train.topk_step", recorded)
+    train([replace(tiny_config, log_every=3, tokens=700)], [tmp_path / "run"])
+    assert [i for i, counts in enumerate(asked, 1) if counts] == [3, 6, 7]
 
 
 def test_much_that_is_lost_in_selection_is_said_once(capsys):
