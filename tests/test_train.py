@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from torch.distributed import checkpoint as dcp
 
+import topkapi.train
 from tests.command_line import assert_same_run, contents, metrics, one_line, train_arguments
 from tests.data.tiny import make_corpus
-import topkapi.train
 from topkapi import checkpoint, published
 from topkapi.config import LossConfig, ModelConfig, OptimConfig, to_dict
 from topkapi.data.activations import LiveBlocks
