@@ -30,7 +30,6 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import pad
 
 from topkapi import exchange, loss
 from topkapi.auxk import AuxK
@@ -245,13 +244,14 @@ def _by_sums(batch: _Batch, micro_batches: tuple[Float[Tensor, "m d_model"], ...
 
 def _plus(total: Tensor | None, gradient: SparseRows, n_rows: int) -> Float[Tensor, "n_rows d_model"]:
     """`total`, zeros to begin with, with a gradient added, and as many rows."""
-    if total is None:
-        rows = gradient.dense()
-        return rows if len(rows) == n_rows else pad(rows, (0, 0, 0, n_rows - len(rows)))
     n_latents = len(gradient.order.offsets) - 1
-    for start in range(0, n_latents, ADDED_ROWS):
+    if total is None and n_latents == n_rows:
+        return gradient.dense()
+    for start in range(0, n_latents, ADDED_ROWS):  # with padding too: to pad the whole would need it twice
         stop = min(start + ADDED_ROWS, n_latents)
-        total[start:stop] += gradient.block(start, stop)
+        rows = gradient.block(start, stop)
+        total = rows.new_zeros(n_rows, rows.shape[1]) if total is None else total
+        total[start:stop] += rows
     return total
 
 
