@@ -1,6 +1,7 @@
 """The counting sort against numpy's, whatever the ranges and chunks; the reservoir's sample against chance.
 
-Seen to fail when: ranks within a chunk do not restart at each latent; thresholds rise again.
+Seen to fail when: ranks within a chunk do not restart at each latent; thresholds rise again; ranges are cut anew from
+latent 0 where inverting goes on.
 """
 
 import numpy as np
@@ -45,6 +46,20 @@ def test_inverting_is_a_stable_sort_by_latent(tmp_path, monkeypatch, seed, at_on
     assert saved[-1] == 40
 
 
+def test_inverting_goes_on_in_other_ranges(tmp_path, monkeypatch):
+    latents, rows, values = entries(0)
+    write(tmp_path, latents, rows, values, 90)
+    offsets = offsets_of(np.bincount(latents, minlength=40))
+    write_array(path_of(tmp_path, "latent_offsets"), offsets)
+    monkeypatch.setattr(invert, "ENTRIES_AT_ONCE", 100)
+    invert.invert(tmp_path, "latent", 0, lambda _: None, lambda _: None)
+    wanted = [path_of(tmp_path, f"latent_{name}").read_bytes() for name in ("rows", "values")]
+    monkeypatch.setattr(invert, "ENTRIES_AT_ONCE", 70)
+    for done in (ranges(offsets, 100)[1][0], 39):
+        invert.invert(tmp_path, "latent", done, lambda _: None, lambda _: None)
+        assert [path_of(tmp_path, f"latent_{name}").read_bytes() for name in ("rows", "values")] == wanted
+
+
 def test_ranges_are_bounded_and_cover_all_latents():
     counts = np.random.default_rng(0).integers(0, 50, 200)
     found = ranges(offsets_of(counts), 60)
@@ -54,7 +69,7 @@ def test_ranges_are_bounded_and_cover_all_latents():
     assert ranges(offsets_of(np.zeros(5, np.int64)), 60) == [(0, 5)]
 
 
-@pytest.mark.parametrize("n_rows", [20, 3_000])
+@pytest.mark.parametrize("n_rows", [20, 1_500])
 def test_a_reservoir_is_a_uniform_sample(tmp_path, n_rows):
     n_latents, reservoir, block = 100, 5, 50
     n_fired, kept = np.zeros(n_latents, np.int64), []

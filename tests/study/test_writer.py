@@ -2,7 +2,7 @@
 
 Seen to fail when: files are not cut back to what progress.json counts; sums are not saved with it; a range of latents
 counts as done before it is written; a study of another split goes on as if it were the same; ranks' blocks are taken in
-another order; ranges are cut anew from latent 0 where another number of processes goes on.
+another order.
 """
 
 import json
