@@ -55,7 +55,7 @@ def test_inverting_goes_on_in_other_ranges(tmp_path, monkeypatch):
     invert.invert(tmp_path, "latent", 0, lambda _: None, lambda _: None)
     wanted = [path_of(tmp_path, f"latent_{name}").read_bytes() for name in ("rows", "values")]
     monkeypatch.setattr(invert, "ENTRIES_AT_ONCE", 70)
-    for done in (ranges(offsets, 100)[1][0], 39):
+    for done in (3, 20):
         invert.invert(tmp_path, "latent", done, lambda _: None, lambda _: None)
         assert [path_of(tmp_path, f"latent_{name}").read_bytes() for name in ("rows", "values")] == wanted
 
