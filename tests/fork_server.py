@@ -89,6 +89,7 @@ def serve() -> None:
     import topkapi.cli
     import topkapi.demo
 
+    topkapi.cli.SPEAKING_SECONDS = 0.0  # no launcher here ends the others when the first one ends
     torch.set_num_threads(1)
     for line in sys.stdin:
         request = json.loads(line)

@@ -147,7 +147,8 @@ def course(case: Case, mesh: Mesh = ALONE) -> dict[str, Any]:
             if case.relu:
                 step = relu_step(ae, x, mse_scale(sample), RELU, optimizer.working, mesh)
             else:
-                step = topk_step(ae, x, mse_scale(sample), subset, AUXK, optimizer.working, mesh, parallel)
+                given = (subset, AUXK, optimizer.working, mesh, parallel)
+                step = topk_step(ae, x, mse_scale(sample), *given, count_lost=True)
             found = step.gradients
             whole[f"loss {number}"], whole[f"auxk {number}"] = step.terms.normalized_mse, step.terms.auxk
             whole[f"l0 {number}"], whole[f"pre_bias gradient {number}"] = step.l0, found.pre_bias

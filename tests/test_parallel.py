@@ -28,10 +28,10 @@ from topkapi.errors import TopkapiError
 from topkapi.exchange import auxk_candidates_of, candidates, candidates_of, cheaper_exchange
 from topkapi.gradients import DeadSubset
 from topkapi.model import Autoencoder, Working
-from topkapi.ops import reference
+from topkapi.ops import SparseRows, implementation, reference
 from topkapi.parallel import ALONE, Mesh
 from topkapi.scaling.shapes import Job, Layout, rank_of
-from topkapi.step import _Batch, topk_step
+from topkapi.step import _Batch, _plus, topk_step
 
 ROOT = Path(__file__).parents[1]
 WORLDS = [2, pytest.param(4, marks=pytest.mark.many_ranks), pytest.param(8, marks=pytest.mark.many_ranks)]
@@ -263,17 +263,31 @@ def test_auto_is_the_exchange_with_fewer_bytes() -> None:
 def test_every_owner_has_latents_or_all_are_refused() -> None:
     for n_latents, n_replicas, n_shards in itertools.product(range(1, 40), range(1, 6), range(1, 6)):
         meshes = [Mesh(n_replicas, n_shards, rank) for rank in range(n_replicas * n_shards)]
+        job = Job(n_latents=n_latents, d_model=8, k=1, batch_tokens=60, auxk=0)
         try:
             parts = [mesh.owned(n_latents, rank) for mesh in meshes[:1] for rank in range(len(meshes))]
         except TopkapiError:
             with pytest.raises(TopkapiError):
-                rank_of(Job(n_latents=n_latents, d_model=8, k=1, batch_tokens=60), layout(n_replicas, n_shards))
+                rank_of(job, layout(n_replicas, n_shards))
             continue
         ordered = [parts[rank] for shard in range(n_shards) for rank in range(shard, len(meshes), n_shards)]
         assert [part.start for part in ordered] == [0, *(part.stop for part in ordered[:-1])]
         assert ordered[-1].stop == n_latents
         assert all(part.stop > part.start for part in parts)
-        rank_of(Job(n_latents=n_latents, d_model=8, k=1, batch_tokens=60), layout(n_replicas, n_shards))
+        rank_of(job, layout(n_replicas, n_shards))
+
+
+def test_a_dense_gradient_is_padded_with_zeros_and_added_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("topkapi.step.ADDED_ROWS", 3)
+    generator = torch.Generator().manual_seed(0)
+    values, rows = torch.rand(6, 2, generator=generator), torch.randn(6, 4, generator=generator)
+    indices = torch.stack([torch.randperm(7, generator=generator)[:2] for _ in range(6)])
+    gradient = SparseRows(values, implementation(rows).order_by_latent(indices, 7), rows)
+    wanted = torch.zeros(6, 7).scatter_(1, indices, values).T @ rows
+    once = _plus(None, gradient, 9)
+    torch.testing.assert_close(once, torch.cat([wanted, torch.zeros(2, 4)]))
+    torch.testing.assert_close(_plus(once.clone(), gradient, 9), 2 * once)
+    assert torch.equal(_plus(None, gradient, 7), once[:7])
 
 
 def layout(n_replicas: int, n_shards: int) -> Layout:

@@ -16,6 +16,7 @@ from dataclasses import replace
 import pytest
 from torch.distributed import checkpoint as dcp
 
+import topkapi.train
 from tests.command_line import assert_close_run, assert_same_run, contents, metrics, one_line, train_arguments
 from topkapi import checkpoint, cli
 from topkapi.config import LossConfig, ModelConfig, ParallelConfig
@@ -23,6 +24,8 @@ from topkapi.data.pipeline import BatchesAhead
 from topkapi.train import Trainer, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+SECOND_SIGNAL_AFTER = 0.7  # seconds, in processes that are disturbed
 
 
 class World:
@@ -85,9 +88,8 @@ def planned(plan, *arguments):
         original(self, x, done)
 
     Trainer.step_ = step_
+    topkapi.train.SECOND_SIGNAL_AFTER = SECOND_SIGNAL_AFTER
     if plan.get("ahead"):
-        import topkapi.train
-
         topkapi.train.open_batches = BatchesAhead
     return cli.main(list(arguments))
 
@@ -239,11 +241,11 @@ def test_a_second_signal_ends_a_process_that_waits_for_another(start, tiny_confi
     run = tmp_path / "run"
     world = start(tiny_config, run, plan={"rank": 1, "step": 7, "sleep": True})
     world.until(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) >= 6)
-    time.sleep(1)
+    time.sleep(0.5)
     for _ in range(2):
         os.kill(world.pids[0], signal.SIGTERM)
         os.kill(world.pids[0], signal.SIGTERM)  # one signal may come twice
-        time.sleep(2.2)
+        time.sleep(1.2 * SECOND_SIGNAL_AFTER)
     assert world.server.wait(world.pids[0]) == 128 + signal.SIGTERM
     assert "stopped by a second signal" in one_line((world.folder / "rank-0").read_text())
     os.kill(world.pids[1], signal.SIGKILL)

@@ -5,6 +5,7 @@ autoencoders side by side share a dead counter; an error of a checkpoint beside 
 import errno
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -14,9 +15,10 @@ from pathlib import Path
 import pytest
 from torch.distributed import checkpoint as dcp
 
+import topkapi.train
 from tests.command_line import assert_same_run, contents, metrics, one_line, train_arguments
 from tests.data.tiny import make_corpus
-from topkapi import checkpoint
+from topkapi import checkpoint, published
 from topkapi.config import LossConfig, ModelConfig, OptimConfig, to_dict
 from topkapi.data.activations import LiveBlocks
 from topkapi.data.batches import ShuffledBatches
@@ -24,7 +26,7 @@ from topkapi.data.pipeline import BatchesAhead
 from topkapi.errors import TopkapiError
 from topkapi.model import Working
 from topkapi.parallel import ALONE
-from topkapi.train import Interrupted, Trainer, _warn_of_loss, load_run, train
+from topkapi.train import Interrupted, Trainer, _warn_of_loss, load_run, saved_config, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -356,6 +358,28 @@ def test_saved_settings_are_complete(undisturbed, tiny_config):
     assert Path(saved["language_model"]).is_dir()
 
 
+def forget(run, *names):
+    """Make a run's config.json that of a version without these fields."""
+    description = published.read_config(run)
+    for name in names:
+        del description["training"][name]
+    published.write_config(run, description)
+
+
+def test_a_run_of_an_older_version_is_opened_and_resumed(undisturbed, tiny_config, tmp_path, capsys):
+    old, run = tmp_path / "old", tmp_path / "run"
+    shutil.copytree(undisturbed, old)
+    train_until([tiny_config], [run], 12)
+    for folder in (old, run):
+        forget(folder, "async_checkpoints", "parallel")
+    capsys.readouterr()
+    assert saved_config(old) == load_run(old)[1] == saved_config(undisturbed)
+    assert capsys.readouterr().err.count("without parallel, async_checkpoints") == 1
+    train([saved_config(run)], [run], resume=True)
+    assert "without parallel, async_checkpoints" in capsys.readouterr().err
+    assert_same_run(run, undisturbed)
+
+
 def test_a_broken_neighbour_is_left_behind(undisturbed, tiny_config, tmp_path, capsys):
     broken = replace(tiny_config, optim=replace(tiny_config.optim, lr=1e38))
     runs = [tmp_path / "broken", tmp_path / "sound"]
@@ -364,6 +388,18 @@ def test_a_broken_neighbour_is_left_behind(undisturbed, tiny_config, tmp_path, c
     assert "The others go on without it" in capsys.readouterr().err
     assert not (runs[0] / "model.safetensors").exists()
     assert_same_run(runs[1], undisturbed)
+
+
+def test_what_is_lost_is_counted_in_logged_steps_alone(tiny_config, tmp_path, monkeypatch):
+    asked, step = [], topkapi.train.topk_step
+
+    def recorded(*given, count_lost):
+        asked.append(count_lost)
+        return step(*given, count_lost=count_lost)
+
+    monkeypatch.setattr("topkapi.train.topk_step", recorded)
+    train([replace(tiny_config, log_every=3, tokens=700)], [tmp_path / "run"])
+    assert [i for i, counts in enumerate(asked, 1) if counts] == [3, 6, 7]
 
 
 def test_much_that_is_lost_in_selection_is_said_once(capsys):

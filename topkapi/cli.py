@@ -23,7 +23,7 @@ from topkapi.config import EvalConfig, StudyConfig, TrainConfig
 from topkapi.console import console, say
 from topkapi.errors import TopkapiError
 from topkapi.files import write_text_atomic
-from topkapi.parallel import launched, speaks
+from topkapi.parallel import launched, open_mesh, speaks
 from topkapi.plotting import require_matplotlib
 from topkapi.published import CONFIG
 from topkapi.recipes import RECIPES
@@ -419,13 +419,15 @@ def eval_command(arguments: Sequence[str]) -> None:
 def study_command(arguments: Sequence[str]) -> None:
     """topkapi study RUN --tokens N [--out FOLDER]: the complete sparse code of held-out text, into RUN/study."""
     from topkapi.study import write_study
-    from topkapi.train import load_run, open_text
+    from topkapi.train import device_type, load_run, open_text
 
     run, command = _run_and_options("study", arguments, StudyOptions, "out")
     ae, config = load_run(run)
-    text = open_text(config)
-    token_file = getattr(text.splits, command.config.split)
-    write_study(run, ae, text.language_model, token_file, config.data, command.config, command.out)
+    with open_mesh(1, device_type(config)) as mesh:
+        mesh = mesh.apart()  # whose collectives wait as long as rank 0 takes to write
+        text = mesh.first_before_others(lambda: open_text(config))
+        token_file = getattr(text.splits, command.config.split)
+        write_study(run, ae, text.language_model, token_file, config.data, command.config, command.out, mesh)
     say(f"study: {command.out}. Read it: topkapi.study.open({str(command.out)!r})")
 
 
@@ -651,7 +653,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "bench": bench_command,
     "plan": plan_command,
 }
-TOGETHER = ("train", "plan")  # run in several processes; plan for --measure
+TOGETHER = ("train", "study", "plan")  # run in several processes; plan for --measure
 SPEAKING_SECONDS = 1.0
 
 
@@ -697,7 +699,7 @@ def _run(arguments: list[str]) -> int:
             raise TopkapiError(f"no command {name!r}. Commands: {', '.join(COMMANDS)}.")
         if launched() and name not in TOGETHER:
             raise TopkapiError(
-                f"topkapi {name} runs in one process: start it without torchrun, which is for {' and '.join(TOGETHER)}."
+                f"topkapi {name} runs in one process: start it without torchrun, which is for {', '.join(TOGETHER)}."
             )
         COMMANDS[name](rest)
     except TopkapiError as error:

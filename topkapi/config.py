@@ -8,7 +8,7 @@ two concerns live in `TrainConfig`. Values that depend on the language model (`"
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -338,12 +338,12 @@ class TrainConfig:
             raise TopkapiError("ModelConfig.activation='relu' trains in float32 with float32 optimiser state only.")
         if self.model.activation == "relu" and self.parallel.shards > 1:
             raise TopkapiError(
-                f"ModelConfig.activation='relu' is not divided into shards; got ParallelConfig.shards="
+                "ModelConfig.activation='relu' is not divided into shards; got ParallelConfig.shards="
                 f"{self.parallel.shards}. Leave --parallel.shards at 1."
             )
         if self.model.activation == "relu" and self.parallel.micro_batch_tokens:
             raise TopkapiError(
-                f"ModelConfig.activation='relu' takes a batch at once; got ParallelConfig.micro_batch_tokens="
+                "ModelConfig.activation='relu' takes a batch at once; got ParallelConfig.micro_batch_tokens="
                 f"{self.parallel.micro_batch_tokens}. Leave --parallel.micro-batch-tokens at 0; lower --batch-tokens."
             )
         if self.loss.sparsity == "l1_decoder_norm" and self.optim.unit_norm_decoder:
@@ -390,11 +390,16 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
-    """The inverse of `to_dict`; unknown or missing fields raise TopkapiError naming them."""
+    """The inverse of `to_dict`. Fields that are missing, as an older version did not have them, take their defaults.
+
+    Raises:
+        TopkapiError: unknown fields, which it names, or missing ones without a default.
+    """
     known = {f.name: f for f in fields(cls)}
     if strange := sorted(set(values) - set(known)):
         raise TopkapiError(f"{cls.__name__} has no field {', '.join(strange)}; this run was saved by another version.")
-    if missing := sorted(set(known) - set(values)):
+    required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+    if missing := sorted(required - set(values)):
         raise TopkapiError(f"{cls.__name__} lacks {', '.join(missing)}; this run was saved by another version.")
     made = {}
     for name, value in values.items():
@@ -402,6 +407,17 @@ def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
             value = from_dict(known[name].type, value)
         made[name] = tuple(value) if isinstance(value, list) else value
     return cls(**made)
+
+
+def absent(cls: type, values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The fields that `from_dict` fills with their defaults, such as `parallel.candidates`."""
+    found = []
+    for f in fields(cls):
+        if f.name not in values:
+            found.append(prefix + f.name)
+        elif is_dataclass(f.type):
+            found += absent(f.type, values[f.name], f"{prefix}{f.name}.")
+    return found
 
 
 def differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:

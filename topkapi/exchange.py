@@ -36,7 +36,6 @@ LOST = 1e-3  # share of the k largest that candidates chosen from a capacity may
 PIECES = {"cpu": 1, "cuda": 4}  # parts of a batch of which one travels while the next is computed
 LONGEST_RING = 8  # shards beyond which pieces' hops would cost more than overlap gains (by the plan's model)
 FEWEST = 2048  # tokens of a part: collectives of fewer are all latency
-MEASURED_TOKENS = 256  # of each replica, on which the share that is lost is counted
 
 
 @lru_cache  # asked for in every step
@@ -139,11 +138,11 @@ def share_lost(
 ) -> Float[Tensor, ""]:
     """The share of the k largest pre-activations above 0 that `n_candidates` a shard leave out, of n_latents in all.
 
-    Counted on the first MEASURED_TOKENS of each replica, for which the exact selection is made: what a shard has of a
-    token's k largest beyond its candidates is lost.
+    Counted on some tokens of each replica, for which the exact selection is made: what a shard has of a token's k
+    largest beyond its candidates is lost.
     """
     exact = min(k, -(-n_latents // mesh.n_shards))
-    values, _ = select(centred[:MEASURED_TOKENS], W_enc, latent_bias, k, exact, mesh)
+    values, _ = select(centred, W_enc, latent_bias, k, exact, mesh)
     wanted = (values > 0).sum(1)
     lost = (wanted - n_candidates).clamp_min(0)
     lost, wanted = mesh.ordered_sum(torch.stack([lost.sum(), wanted.sum()]), "all")

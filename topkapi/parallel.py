@@ -16,13 +16,14 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -32,6 +33,7 @@ from topkapi.console import console
 from topkapi.errors import TopkapiError
 
 T = TypeVar("T")
+Arrays = tuple[np.ndarray, ...]
 PATIENCE = timedelta(days=30)  # for a rank that tokenizes, say; one that is gone is noticed at once all the same
 LOOK_FOR = 5.0  # seconds in which the rank that failed says so, or its process is seen to be gone
 
@@ -86,8 +88,7 @@ class Mesh:
         part = -(-n_latents // self.n_shards)
         if (self.n_shards - 1) * part >= n_latents:
             raise TopkapiError(
-                f"{n_latents} latents do not fill {self.n_shards} shards: lower --parallel.shards, or raise "
-                "--model.n-latents."
+                f"{n_latents:,} latents do not fill {self.n_shards} shards: take fewer shards, or more latents."
             )
         start = (self.shard if shard is None else shard) * part
         return slice(start, min(start + part, n_latents))
@@ -104,8 +105,8 @@ class Mesh:
         part = self.largest_part(whole.stop - whole.start)
         if (self.n_replicas - 1) * part >= whole.stop - whole.start:
             raise TopkapiError(
-                f"{n_latents} latents on {self.n_shards} shards do not fill {self.n_replicas} replicas: launch fewer "
-                "processes, or raise --model.n-latents."
+                f"{n_latents:,} latents on {self.n_shards} shards do not fill {self.n_replicas} replicas: take fewer "
+                "processes, or more latents."
             )
         start = whole.start + replica * part
         return slice(start, min(start + part, whole.stop))
@@ -222,6 +223,39 @@ class Mesh:
         for rank in range(1, self.n_ranks):
             dist.recv(rows[self.owned(n_latents, rank)], rank, group=self._group("all"))
         return rows
+
+    def in_order_on_first(self, items: Iterable[Arrays]) -> Iterator[Arrays]:
+        """On rank 0 the items of every rank, in the order of ranks, each when it is asked for; elsewhere none.
+
+        All ranks go through it, the others to send theirs: as rank 0 takes them, and computed while it is busy.
+        """
+        if self.rank > 0:
+            for item in items:
+                self._send_first(item)
+            self._send_first(None)
+            return
+        yield from items
+        for rank in range(1, self.n_ranks):
+            while (item := self._received(rank)) is not None:
+                yield item
+
+    def _send_first(self, item: Arrays | None) -> None:
+        group, shapes = self._group("all"), None if item is None else [(part.dtype.str, part.shape) for part in item]
+        dist.send_object_list([shapes], 0, group=group)
+        for part in item or ():
+            if part.size:
+                dist.send(torch.from_numpy(np.ascontiguousarray(part).view(np.uint8)), 0, group=group)
+
+    def _received(self, rank: int) -> Arrays | None:
+        group, shapes = self._group("all"), [None]
+        dist.recv_object_list(shapes, rank, group=group)
+        if shapes[0] is None:
+            return None
+        item = tuple(np.empty(shape, dtype) for dtype, shape in shapes[0])
+        for part in item:
+            if part.size:
+                dist.recv(torch.from_numpy(part.view(np.uint8)), rank, group=group)
+        return item
 
     def raise_any(self, failure: Exception | None) -> None:
         """Raise, on every rank, the exception of one that has any: its own where there is one."""

@@ -30,7 +30,6 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import pad
 
 from topkapi import exchange, loss
 from topkapi.auxk import AuxK
@@ -43,6 +42,7 @@ from topkapi.ops.dispatch import implementation
 from topkapi.ops.normalise import centre
 from topkapi.parallel import ALONE, Mesh
 
+MEASURED_TOKENS = 256  # of each replica, on which the share that is lost is counted
 ADDED_ROWS = 2**16  # rows of a micro-batch's gradient that exist beside the sum
 DEFAULT = ParallelConfig()
 
@@ -57,7 +57,8 @@ class Step:
     l0: Float[Tensor, ""] = field(default_factory=lambda: torch.zeros(()))
     """Mean number of latents with a value > 0 per token."""
     lost: Float[Tensor, ""] | None = None
-    """Share of the k largest pre-activations that shards did not put forward, on some tokens; None where they must."""
+    """Share of the k largest pre-activations that shards did not put forward, on the first MEASURED_TOKENS of each
+    replica; None where it was not asked for, or they must put forward all."""
 
 
 @torch.no_grad()
@@ -70,13 +71,15 @@ def topk_step(
     working: Working | None = None,
     mesh: Mesh = ALONE,
     parallel: ParallelConfig = DEFAULT,
+    count_lost: bool = False,
 ) -> Step:
     """Loss, gradients and fired latents of a TopK autoencoder on normalised activations `x`.
 
     `scale` is `loss.mse_scale` of the run's sample; `dead` holds the latents that AuxK trains; `working` the weights
     to compute with, those of `ae` themselves by default. On a mesh `x` is this replica's part of the batch, as long as
     the others'; loss and l0 are those of the whole batch, `fired` of this shard's latents, gradients of those that the
-    process owns. Deterministic.
+    process owns. `count_lost`, the same on all processes, asks for `Step.lost`, a second selection of some tokens.
+    Deterministic.
 
     Source: Gao et al. 2024, sections 2.1 to 2.4 and appendix D.2.
     """
@@ -97,7 +100,8 @@ def topk_step(
     auxk_term = torch.zeros_like(mse)
     if auxk is not None:
         auxk_term = auxk.add_to_(found.gradients, squared_error, found.grad_recon_sum)
-    lost = batch.share_lost(x) if mesh.n_shards > 1 and parallel.selection == "capacity" else None
+    count_lost = count_lost and mesh.n_shards > 1 and parallel.selection == "capacity"
+    lost = batch.share_lost(x[:MEASURED_TOKENS]) if count_lost else None
     terms = LossTerms(mse, auxk_term, torch.zeros_like(mse))
     return Step(terms, found.gradients, found.fired, n_active / max(n_tokens, 1), lost)
 
@@ -147,9 +151,9 @@ class _Batch:
 
     def share_lost(self, x: Float[Tensor, "n d_model"]) -> Float[Tensor, ""]:
         """See `topkapi.exchange.share_lost`."""
-        weights, some = self.weights, self.centred(x[: exchange.MEASURED_TOKENS])
+        weights = self.weights
         given = (weights.W_enc, weights.latent_bias, self.k, self.width, self.n_latents, self.mesh)
-        return exchange.share_lost(some, *given)
+        return exchange.share_lost(self.centred(x), *given)
 
 
 @dataclass(frozen=True)
@@ -240,13 +244,14 @@ def _by_sums(batch: _Batch, micro_batches: tuple[Float[Tensor, "m d_model"], ...
 
 def _plus(total: Tensor | None, gradient: SparseRows, n_rows: int) -> Float[Tensor, "n_rows d_model"]:
     """`total`, zeros to begin with, with a gradient added, and as many rows."""
-    if total is None:
-        rows = gradient.dense()
-        return rows if len(rows) == n_rows else pad(rows, (0, 0, 0, n_rows - len(rows)))
     n_latents = len(gradient.order.offsets) - 1
-    for start in range(0, n_latents, ADDED_ROWS):
+    if total is None and n_latents == n_rows:
+        return gradient.dense()
+    for start in range(0, n_latents, ADDED_ROWS):  # with padding too: to pad the whole would need it twice
         stop = min(start + ADDED_ROWS, n_latents)
-        total[start:stop] += gradient.block(start, stop)
+        rows = gradient.block(start, stop)
+        total = rows.new_zeros(n_rows, rows.shape[1]) if total is None else total
+        total[start:stop] += rows
     return total
 
 

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from topkapi import checkpoint, published
-from topkapi.config import TrainConfig, cache_folder, differences, from_dict, to_dict
+from topkapi.config import TrainConfig, absent, cache_folder, differences, from_dict, to_dict
 from topkapi.console import console, progress, say
 from topkapi.data.activations import CachedBlocks, LiveBlocks
 from topkapi.data.batches import ShuffledBatches, part_of_batch
@@ -146,7 +147,8 @@ class Trainer:
         config, n_tokens = self.config, len(x) * self.mesh.n_replicas
         if config.model.activation == "topk":
             subset = self.dead.subset(config.auxk.dead_after, n_tokens)
-            found = topk_step(self.ae, x, self.scale, subset, config.auxk, self.working, self.mesh, config.parallel)
+            given = (subset, config.auxk, self.working, self.mesh, config.parallel)
+            found = topk_step(self.ae, x, self.scale, *given, count_lost=_is_logged(config, step + 1))
         else:
             found = relu_step(self.ae, x, self.scale, config.loss, self.working, self.mesh)
         self.optimizer.step_(self.ae, found.gradients, learning_rate(config.optim, step, config.n_steps))
@@ -351,7 +353,7 @@ def _loop(
                 step, position = step + 1, batches.state()
                 tokens = step * config.batch_tokens
                 shown = {}
-                if step % config.log_every == 0 or step == config.n_steps:
+                if _is_logged(config, step):
                     _drop_broken(trainers, logs, step, saver)  # waits for the device: the rate is of work done
                     rate = (step - first) * config.batch_tokens / (time.monotonic() - started)
                     shown = _log(trainers, logs, step, tokens, rate)
@@ -373,6 +375,11 @@ def _loop(
     finally:
         for log in logs:
             log.close()
+
+
+def _is_logged(config: TrainConfig, step: int) -> bool:
+    """Whether a line of metrics is due after so many steps."""
+    return step % config.log_every == 0 or step == config.n_steps
 
 
 def _open_log(trainer: Trainer, step: int) -> MetricsLog | NoLog:
@@ -490,13 +497,27 @@ def load_run(run: Path) -> tuple[Autoencoder, TrainConfig]:
     ae = Autoencoder.from_pretrained(run)
     if ae.training_config is None:
         raise TopkapiError(f"{run} was not trained by Topkapi: its config.json holds no training settings.")
-    return ae, from_dict(TrainConfig, ae.training_config)
+    return ae, _config_of(run, ae.training_config)
 
 
 def saved_config(run: Path) -> TrainConfig:
     """The config that a run folder was started with."""
     _require_run(run)
-    return from_dict(TrainConfig, published.read_config(run)["training"])
+    return _config_of(run, published.read_config(run)["training"])
+
+
+def _config_of(run: Path, values: dict[str, Any]) -> TrainConfig:
+    """The config that a run's files hold; older ones may lack fields of this version."""
+    if names := absent(TrainConfig, values):
+        _say_once(
+            f"{run}: saved by an older version, without {', '.join(names)}; defaults, which do as it did, are used."
+        )
+    return from_dict(TrainConfig, values)
+
+
+@cache  # a command reads a run's config more than once
+def _say_once(text: str) -> None:
+    say(text)
 
 
 def _require_run(run: Path) -> None:

@@ -21,7 +21,6 @@ ROOT = Path(__file__).parents[2]
 OF_BF16_ON_A_CPU = {
     "candidates' values": 1 / 2,
     "AuxK: candidates' values": 1 / 2,
-    "share lost": 1 / 2,
     "replicas: active latents": 6 / 8,
 }
 

@@ -1,7 +1,8 @@
-"""Studies that are killed and continued, refused and damaged.
+"""Studies that several processes write, that are killed and continued, refused and damaged.
 
 Seen to fail when: files are not cut back to what progress.json counts; sums are not saved with it; a range of latents
-counts as done before it is written; a study of another split goes on as if it were the same.
+counts as done before it is written; a study of another split goes on as if it were the same; ranks' blocks are taken in
+another order.
 """
 
 import json
@@ -21,6 +22,7 @@ from tests.data.tiny import make_corpus
 from tests.study.conftest import TOKENS, finished
 from topkapi.cli import main
 from topkapi.errors import TopkapiError
+from topkapi.parallel import Mesh
 from topkapi.study import writer
 from topkapi.train import open_text
 
@@ -33,50 +35,108 @@ def whole(request, fork_server, trained, tmp_path_factory):
     folder, options = tmp_path_factory.mktemp("whole"), ("--tokens", str(TOKENS), *request.param)
     fork_server.run(["--version"], folder / "log", folder / "cache")  # starting the server is not timed
     started = time.monotonic()
-    assert run(fork_server, trained, folder, 0, options) == 0, (folder / "log").read_text()
-    n_operations = int((folder / "log").read_text().splitlines()[-1])
-    assert n_operations > 100
-    return options, contents(folder / "study"), n_operations, time.monotonic() - started
+    assert run(fork_server, trained, folder, options) == [0], said(folder)
+    assert n_operations(folder) > 100
+    return options, contents(folder / "study"), n_operations(folder), time.monotonic() - started
 
 
-def run(fork_server, trained, folder, kill_at, options):
-    """A process's exit status; its log is in the folder."""
-    arguments = [str(trained.run), str(folder / "study"), str(kill_at), *options]
-    return fork_server.run(arguments, folder / "log", os.environ["XDG_CACHE_HOME"], call=KILLED)
+def start(fork_server, trained, folder, options, n_ranks=1, disturbance="kill", rank=0, at=0):
+    """Processes that write a study, see `tests.study.killed`; their logs are in the folder."""
+    arguments = [str(trained.run), str(folder / "study"), disturbance, str(rank), str(at), *options]
+    cache = os.environ["XDG_CACHE_HOME"]
+    if n_ranks == 1:
+        return [fork_server.start(arguments, folder / "rank-0", cache, call=KILLED)]
+    return fork_server.start_world(n_ranks, arguments, folder, cache, call=KILLED)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_study_killed_and_continued_has_the_same_bytes(fork_server, trained, whole, tmp_path, seed):
-    options, wanted, n_operations, _ = whole
-    random = np.random.default_rng(seed)
-    hits = 0
-    for first, last in ((30, n_operations // 6), (10, n_operations // 4), (1, n_operations)):  # most while it encodes
-        status = run(fork_server, trained, tmp_path, int(random.integers(first, last)), options)
-        hits += status == -signal.SIGKILL
-        assert status in (0, -signal.SIGKILL), (tmp_path / "log").read_text()
-    assert hits
-    assert run(fork_server, trained, tmp_path, 0, options) == 0, (tmp_path / "log").read_text()
-    found = contents(tmp_path / "study")
-    header, other = (json.loads(files.pop("study.json")) for files in (found, dict(wanted)))
+def run(fork_server, *how, **more):
+    """The exit statuses of a world that has ended."""
+    return [fork_server.wait(pid) for pid in start(fork_server, *how, **more)]
+
+
+def said(folder):
+    return "".join(path.read_text() for path in sorted(folder.glob("rank-*")))
+
+
+def n_operations(folder, rank=0):
+    return int((folder / f"rank-{rank}").read_text().splitlines()[-1])
+
+
+def same(folder, wanted):
+    """Every file has the bytes wanted; study.json but for where the run is, as seen from the study."""
+    found, wanted = contents(folder / "study"), dict(wanted)
+    header, other = (json.loads(files.pop("study.json")) for files in (found, wanted))
     for facts in (header, other):
         del facts["checksum"], facts["about"]["run"]
-    assert header == other
-    assert found == {name: data for name, data in wanted.items() if name != "study.json"}
+    return header == other and found == wanted
+
+
+@pytest.mark.parametrize("n_ranks", [2, 3])
+def test_processes_write_the_same_bytes_together(fork_server, trained, whole, tmp_path, n_ranks):
+    options, wanted, *_ = whole
+    assert run(fork_server, trained, tmp_path, options, n_ranks) == [0] * n_ranks, said(tmp_path)
+    assert same(tmp_path, wanted)
+    assert min(n_operations(tmp_path, rank) for rank in range(n_ranks)) > 10, "all had work"
+
+
+@pytest.mark.parametrize(("seed", "worlds"), [(0, (1, 2, 1, 1)), (1, (3, 1, 2))])
+def test_a_study_killed_and_continued_has_the_same_bytes(fork_server, trained, whole, tmp_path, seed, worlds):
+    options, wanted, n_files, _ = whole
+    random, hits = np.random.default_rng(seed), 0
+    *killed, last = worlds
+    spans = ((30, n_files // 6), (10, n_files // 4), (1, n_files))  # most while it encodes
+    for n_ranks, span in zip(killed, spans[-len(killed) :], strict=True):
+        disturbed = {"rank": (rank := int(random.integers(n_ranks))), "at": int(random.integers(*span))}
+        if rank:
+            disturbed["at"] //= 8  # others than rank 0 write nothing
+        found = run(fork_server, trained, tmp_path, options, n_ranks, **disturbed)
+        hits += -signal.SIGKILL in found
+        if n_ranks > 1 and -signal.SIGKILL in found:
+            assert f"rank {rank} of {n_ranks} is gone" in said(tmp_path)
+            assert 0 not in found
+    assert hits
+    assert run(fork_server, trained, tmp_path, options, last) == [0] * last, said(tmp_path)
+    assert same(tmp_path, wanted)
 
 
 def test_a_study_killed_at_any_time_has_the_same_bytes(fork_server, trained, whole, tmp_path):
     options, wanted, _, seconds = whole
-    random, log = np.random.default_rng(0), tmp_path / "log"
+    random = np.random.default_rng(0)
     for _ in range(2):
-        arguments = [str(trained.run), str(tmp_path / "study"), "0", *options]
-        pid = fork_server.start(arguments, log, os.environ["XDG_CACHE_HOME"], call=KILLED)
+        (pid,) = start(fork_server, trained, tmp_path, options)
         time.sleep(random.uniform(0.3, 0.8) * seconds)
         os.kill(pid, signal.SIGKILL)
         assert fork_server.wait(pid) in (0, -signal.SIGKILL)
-    assert run(fork_server, trained, tmp_path, 0, options) == 0, log.read_text()
-    found = contents(tmp_path / "study")
-    assert found.keys() == wanted.keys()
-    assert all(found[name] == wanted[name] for name in wanted if name != "study.json")
+    assert run(fork_server, trained, tmp_path, options) == [0], said(tmp_path)
+    assert same(tmp_path, wanted)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_one_process_ends_all_with_one_line(fork_server, trained, tmp_path, rank):
+    options = ("--tokens", str(TOKENS))
+    statuses = run(fork_server, trained, tmp_path, options, 2, disturbance="raise", rank=rank, at=4)
+    assert 0 not in statuses
+    lines = [line for line in said(tmp_path).splitlines() if "topkapi: " in line]
+    assert len(lines) == 1, said(tmp_path)
+    assert lines[0].endswith("something is wrong here.")
+    assert "Traceback" not in said(tmp_path)
+
+
+def test_processes_that_read_something_else_are_refused():
+    class Second(Mesh):
+        """The mesh of two processes, as rank 1 sees it."""
+
+        def on_first(self, _):
+            return {"text": "a", "site": "resid_post.0"}
+
+        def raise_any(self, failure):
+            if failure:
+                raise failure
+
+    second = Second(n_replicas=2, rank=1)
+    writer.require_agreement({"text": "a", "site": "resid_post.0"}, second)
+    with pytest.raises(TopkapiError, match="rank 1 of 2 has another text than rank 0"):
+        writer.require_agreement({"text": "b", "site": "resid_post.0"}, second)
 
 
 def refused(capsys, arguments, *expected):

@@ -3,9 +3,11 @@
 import math
 from dataclasses import replace
 
+from topkapi.auxk import DENSE_AUXK_BELOW
+from topkapi.ops.auxk import SCRATCH_BYTES, SPARSE_ENTRY_BYTES
 from topkapi.scaling.hardware import Hardware
 from topkapi.scaling.shapes import Job, Layout, Rank, rank_of
-from topkapi.scaling.step_time import AUXK_CHUNK, DENSE_AUXK_BELOW, SEGMENT, takes_kernels
+from topkapi.scaling.step_time import SEGMENT, takes_kernels
 from topkapi.scaling.volumes import n_pieces
 from topkapi.step import ADDED_ROWS
 
@@ -148,8 +150,8 @@ def _auxk(job: Job, layout: Layout, rank: Rank) -> int:
     """Rows of the dead latents, their gradients, and a chunk's pre-activations."""
     d, size, dead, k, n = job.d_model, job.itemsize, rank.dead, rank.auxk_candidates, rank.micro_rows
     rows = dead * d * (2 * size + 16)
-    is_dense = dead <= DENSE_AUXK_BELOW * k
+    is_dense = dead <= DENSE_AUXK_BELOW["cuda"] * k
     if layout.n_shards == 1:
-        return rows + min(2 * n * dead * size if is_dense else n * k * 64, AUXK_CHUNK)
-    row_bytes = k * (64 + 4 * layout.n_shards) + 8 * d
-    return rows + min(n * row_bytes, AUXK_CHUNK)
+        return rows + min(2 * n * dead * size if is_dense else n * k * SPARSE_ENTRY_BYTES, SCRATCH_BYTES)
+    row_bytes = k * (SPARSE_ENTRY_BYTES + 4 * layout.n_shards) + 8 * d
+    return rows + min(n * row_bytes, SCRATCH_BYTES)

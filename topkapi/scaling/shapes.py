@@ -7,6 +7,7 @@ from typing import Literal
 from topkapi.config import AuxKConfig, ParallelConfig, TrainConfig
 from topkapi.errors import TopkapiError
 from topkapi.exchange import auxk_candidates_of, candidates_of, cheaper_exchange, truncation_losses
+from topkapi.parallel import Mesh
 
 Precision = Literal["float32", "bf16", "fp8"]
 State = Literal["float32", "low_memory"]
@@ -141,17 +142,10 @@ def rank_of(job: Job, layout: Layout) -> Rank:
     Raises:
         TopkapiError: processes without latents, or replicas that do not divide the batch.
     """
-    latents = -(-job.n_latents // layout.n_shards)
-    if (layout.n_shards - 1) * latents >= job.n_latents:
-        raise TopkapiError(
-            f"{job.n_latents:,} latents do not fill {layout.n_shards} shards: plan for fewer GPUs, or more latents."
-        )
-    last = job.n_latents - (layout.n_shards - 1) * latents
-    if any((layout.n_replicas - 1) * -(-rows // layout.n_replicas) >= rows for rows in (latents, last)):
-        raise TopkapiError(
-            f"{job.n_latents:,} latents on {layout.n_shards} shards do not fill {layout.n_replicas} replicas: plan for "
-            "fewer GPUs, or more latents."
-        )
+    mesh = Mesh(layout.n_replicas, layout.n_shards)
+    for shard in (0, layout.n_shards - 1):  # the largest and the smallest
+        mesh.owned(job.n_latents, shard)
+    latents = mesh.latents(job.n_latents).stop
     if job.batch_tokens % layout.n_replicas:
         raise TopkapiError(
             f"a batch of {job.batch_tokens:,} tokens cannot be divided among {layout.n_replicas} replicas: make "
@@ -165,7 +159,7 @@ def rank_of(job: Job, layout: Layout) -> Rank:
         rows=rows,
         micro_rows=min(layout.micro_batch_tokens or rows, rows),
         latents=latents,
-        owned_latents=-(-latents // layout.n_replicas),
+        owned_latents=mesh.largest_part(latents),
         candidates=offered,
         active=float(min(offered, job.k / layout.n_shards)),
         dead=dead,

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from topkapi.auxk import DENSE_AUXK_BELOW
+from topkapi.ops.auxk import SCRATCH_BYTES
 from topkapi.scaling.hardware import Hardware, Link
 from topkapi.scaling.shapes import Job, Layout, Rank, rank_of
 from topkapi.scaling.volumes import Beside, Volume, auxk_rows, n_pieces, volumes
@@ -24,11 +26,9 @@ SEGMENT = 2**20  # latents that the encoder's kernels take at a time
 LONGEST_ROW = 16_384  # candidates of all shards that one kernel compares
 LARGEST_K = 256  # that they select; for more, and for small dictionaries, the matmul is followed by torch.topk
 RESCORED = {"float32": 2.0, "bf16": 1.4 / 16, "fp8": 2.0}  # candidates per latent kept; in bf16 the sample's alone
-DENSE_AUXK_BELOW = 256  # dead latents per auxk
 SHORT_MESSAGE, FASTER_HOPS = 2**16, 4  # bytes that NCCL sends with its protocol of low latency (LL), and what it gains
 WRITTEN, ADDED = 4, 16  # bytes of a dense gradient's number in the first micro-batch, and in each further one
 OTHERS = 30  # bytes moved for each active latent to tell those of other owners apart
-AUXK_CHUNK = 2**30  # bytes of dead latents' pre-activations and their gradients at a time
 
 NORMALISE = "normalise"
 ENCODE = "encode and top k"
@@ -247,9 +247,9 @@ def _auxk(job: Job, layout: Layout, rank: Rank, rows: int, cache: int) -> Amount
     """Five dense products of the tokens and the dead latents; or one and four sparse ones, as always with shards."""
     d, size, dead, k = job.d_model, job.itemsize, rank.dead, rank.auxk_candidates
     moved = {"bytes": dead * d * (4 * size + 32) + 6 * rows * d * size}  # rows gathered, summed, put back; residual
-    if layout.n_shards == 1 and dead <= DENSE_AUXK_BELOW * k:
+    if layout.n_shards == 1 and dead <= DENSE_AUXK_BELOW["cuda"] * k:
         flop = "float32_flops" if job.precision == "float32" else "bf16_flops"
-        chunked = -(-2 * rows * dead * size // AUXK_CHUNK)
+        chunked = -(-2 * rows * dead * size // SCRATCH_BYTES)
         code = {"bytes": 8 * rows * dead * size, "launches": 12 * chunked + 20}
         return added({flop: 10 * rows * d * dead}, code, moved)
     encoded, active = _encode(job, rows, dead, k, cache), rows * rank.auxk_active

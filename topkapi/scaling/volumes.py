@@ -7,7 +7,7 @@ collective: tests count it in real runs.
 from dataclasses import dataclass
 from typing import Literal
 
-from topkapi.exchange import MEASURED_TOKENS, PIECES, pieces_of
+from topkapi.exchange import PIECES, pieces_of
 from topkapi.ops.auxk import SPARSE_ENTRY_BYTES, chunks
 from topkapi.parallel import Group
 from topkapi.scaling.shapes import Job, Layout, Rank, rank_of
@@ -47,7 +47,7 @@ def volumes(job: Job, layout: Layout) -> list[Volume]:
     rank = rank_of(job, layout)
     found = [_inputs(job, layout), *_forward(job, layout, rank)]
     found += _auxk(job, layout, rank) if rank.auxk_candidates else []
-    found += [*_between_replicas(job, layout, rank), *_small(job, layout, rank), *_changed(job, layout, rank)]
+    found += [*_between_replicas(job, layout, rank), *_small(job, layout), *_changed(job, layout, rank)]
     return [volume for volume in found if volume.members > 1]
 
 
@@ -137,17 +137,12 @@ def _changed(job: Job, layout: Layout, rank: Rank) -> list[Volume]:
     ]
 
 
-def _small(job: Job, layout: Layout, rank: Rank) -> list[Volume]:
+def _small(job: Job, layout: Layout) -> list[Volume]:
     """What costs latency alone: biases, the loss, the number of dead latents, and whether to stop."""
     everyone, shards, d = layout.n_ranks, layout.n_shards, job.d_model
-    found = [
+    return [
         Volume("pre_bias", "all", everyone, "gather", d * 4),
         Volume("number of dead latents", "shards", shards, "sum", 8),
         Volume("loss and l0", "all", everyone, "gather", 16),
         Volume(STOP, "all", everyone, "sum", 8, "step"),
     ]
-    if shards > 1 and layout.selection == "capacity":
-        most = min(job.k, rank.latents)
-        found.append(Volume("share lost", "shards", shards, "gather", min(MEASURED_TOKENS, rank.rows) * most * 4))
-        found.append(Volume("share lost, added up", "all", everyone, "gather", 16))
-    return found

@@ -4,28 +4,33 @@
 2. Latents are cut into ranges of at most ENTRIES_AT_ONCE entries (one latent, if it has more). For each range the
    code by token is streamed once, and the range's entries are put into their places: rows of a latent ascend,
    because they come in that order.
-3. A range counts as done once it is on the disk. One that was interrupted is written again, with the same bytes.
+3. Ranges are appended to the files one after the other. Of several processes each has one of the next ranges, and rank
+   0 takes and writes them in their order.
+4. A range counts as done once it is on the disk. One that was interrupted is written again, with the same bytes.
 
-Memory: a chunk of the code by token, and the pages of one range, which the system may write out at any time.
-With a reservoir what was sorted so are candidates, and `thin` keeps a sample of them.
+Memory: a chunk of the code by token, and one range. With a reservoir what was sorted so are candidates, and `thin`
+keeps a sample of them.
 """
 
+import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64, UInt32
 
-from topkapi.files import sync, write_atomic
-from topkapi.study.layout import DTYPES, mapped, path_of
+from topkapi.files import write_atomic
+from topkapi.parallel import ALONE, Arrays, Mesh
+from topkapi.study.layout import DTYPES, continued, mapped, path_of
 
 ENTRIES_AT_ONCE = 2**26  # of a range: 512 MiB of rows and values
 CHUNK_ENTRIES = 2**22  # of the code by token, read at once: a hundred MiB with what sorting it takes
 
 
-def ranges(offsets: Int64[np.ndarray, " n_latents_plus_1"], at_once: int) -> list[tuple[int, int]]:
-    """Consecutive latents, start and end, that have at most `at_once` entries together or are one."""
-    found, start, n_latents = [], 0, len(offsets) - 1
+def ranges(offsets: Int64[np.ndarray, " n_latents_plus_1"], at_once: int, start: int = 0) -> list[tuple[int, int]]:
+    """Consecutive latents from `start` on, first and end, that have at most `at_once` entries together or are one."""
+    found, n_latents = [], len(offsets) - 1
     while start < n_latents:
         end = int(np.searchsorted(offsets, offsets[start] + at_once, side="right")) - 1
         found.append((start, max(end, start + 1)))
@@ -55,55 +60,70 @@ def chunks(
 
 def invert(
     folder: Path,
-    n_entries: Int64[np.ndarray, " n_latents"],
     kind: str,
     done: int,
     save: Callable[[int], None],
     advance: Callable[[int], object],
+    mesh: Mesh = ALONE,
 ) -> None:
-    """Write KIND_offsets, KIND_rows and KIND_values; latents before `done` are there already.
+    """Write KIND_rows and KIND_values; KIND_offsets is there, and so are latents before `done`.
 
-    `n_entries` is how many entries of each latent the code by token has. `save` hears of latents that are on the disk,
-    and `advance` of entries.
+    On rank 0 `save` hears of latents that are on the disk, and `advance` of entries.
     """
-    offsets = offsets_of(n_entries)
-    write_array(path_of(folder, f"{kind}_offsets"), offsets)
-    paths = [path_of(folder, f"{kind}_{name}") for name in ("rows", "values")]
-    for path in paths:
-        with path.open("ab") as file:
-            file.truncate(4 * int(offsets[-1]))
-    outputs = [_mapped(folder, kind, name, "r+") for name in ("rows", "values")]
-    for start, end in ranges(offsets, ENTRIES_AT_ONCE):
-        if start < done:
-            advance(int(offsets[end] - offsets[start]))
-            continue
-        free = offsets[start:end].copy()  # where each latent's next entry goes
+    offsets = np.asarray(_mapped(folder, kind, "offsets"))
+    at_once = min(ENTRIES_AT_ONCE, max(1, -(-int(offsets[-1]) // mesh.n_ranks)))
+    todo, paths = ranges(offsets, at_once, done), [path_of(folder, f"{kind}_{name}") for name in ("rows", "values")]
+    with ExitStack() as stack:
+        files = []
+        if mesh.rank == 0:
+            files = [stack.enter_context(continued(path, 4 * int(offsets[done]))) for path in paths]
+            advance(int(offsets[done]))
+        for first in range(0, len(todo), mesh.n_ranks):
+            turn = todo[first : first + mesh.n_ranks]
+            mine = range_of(folder, offsets, *turn[mesh.rank]) if mesh.rank < len(turn) else ()
+            for piece in mesh.in_order_on_first(mine):
+                for file, array in zip(files, piece, strict=True):
+                    file.write(np.ascontiguousarray(array))
+                advance(len(piece[0]))
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
+            if mesh.rank == 0:
+                save(turn[-1][1])
+
+
+def range_of(folder: Path, offsets: Int64[np.ndarray, " n_latents_plus_1"], start: int, end: int) -> Iterator[Arrays]:
+    """Rows and values of the latents from start to end, in their order, a piece of at most CHUNK_ENTRIES at a time."""
+    n = int(offsets[end] - offsets[start])
+    if n > ENTRIES_AT_ONCE:  # one latent, whose entries come in their order
         for rows, latents, values in chunks(folder, CHUNK_ENTRIES):
-            advance(_place_(outputs, free, rows, latents, values, start, end))
-        for path, output in zip(paths, outputs, strict=True):
-            if isinstance(output, np.memmap):
-                output.flush()
-            sync(path)
-        save(end)
+            yield rows[latents == start], values[latents == start]
+        return
+    outputs = np.empty(n, np.uint32), np.empty(n, np.float32)
+    free = offsets[start:end] - offsets[start]  # where each latent's next entry goes
+    for chunk in chunks(folder, CHUNK_ENTRIES):
+        _place_(outputs, free, *chunk, start, end)
+    for i in range(0, n, CHUNK_ENTRIES):
+        yield tuple(output[i : i + CHUNK_ENTRIES] for output in outputs)
 
 
-def _mapped(folder: Path, kind: str, name: str, mode: str = "r") -> np.ndarray:
-    return mapped(folder, f"{kind}_{name}", DTYPES[f"latent_{name}"], mode)
+def _mapped(folder: Path, kind: str, name: str) -> np.ndarray:
+    return mapped(folder, f"{kind}_{name}", DTYPES[f"latent_{name}"])
 
 
 def _place_(
-    outputs: list[np.ndarray],
+    outputs: Arrays,
     free: Int64[np.ndarray, " latents"],
     rows: UInt32[np.ndarray, " n"],
     latents: UInt32[np.ndarray, " n"],
     values: Float32[np.ndarray, " n"],
     start: int,
     end: int,
-) -> int:
-    """Put the entries of latents start to end into their places; how many there are."""
+) -> None:
+    """Put the entries of latents start to end into their places."""
     ours = np.flatnonzero((latents >= start) & (latents < end))
     if not len(ours):
-        return 0
+        return
     # latent and place in one number, each once: numpy sorts these with vector instructions, and argsort without
     keys = np.sort((latents[ours].astype(np.uint64) << np.uint64(32)) | ours.astype(np.uint64))
     order, sorted_latents = keys.astype(np.uint32), (keys >> np.uint64(32)).astype(np.int64) - start
@@ -113,7 +133,6 @@ def _place_(
     places = np.repeat(free[present] - first, length) + np.arange(len(order))
     free[present] += length
     outputs[0][places], outputs[1][places] = rows[order], values[order]
-    return len(order)
 
 
 def priorities(latents: np.ndarray, rows: np.ndarray) -> Float64[np.ndarray, " n"]:

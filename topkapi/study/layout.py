@@ -4,7 +4,7 @@ docs/study-format.md says what each array holds.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -74,12 +74,26 @@ def verify(folder: Path, header: dict[str, Any]) -> None:
             raise damaged(path, "damaged: its SHA-256 is not the one recorded")
 
 
-def mapped(folder: Path, name: str, dtype: str, mode: str = "r") -> np.ndarray:
+def mapped(folder: Path, name: str, dtype: str) -> np.ndarray:
     """An array, memory-mapped."""
     path = path_of(folder, name)
     if path.stat().st_size == 0:  # which cannot be mapped
         return np.empty(0, dtype)
-    return np.memmap(path, dtype=dtype, mode=mode)
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+def continued(path: Path, length: int) -> BinaryIO:
+    """A file, made if need be, open for more to follow its first `length` bytes; what came after them is cut off.
+
+    Raises:
+        TopkapiError: it has fewer bytes.
+    """
+    file = path.open("ab")
+    if file.tell() < length:
+        file.close()
+        raise damaged(path, "damaged: shorter than it was")
+    file.truncate(length)
+    return file
 
 
 def require_same(folder: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> None:

@@ -8,17 +8,21 @@
    forward passes are, and sums go on from the saved ones in the same order.
 3. `topkapi.study.invert` sorts the code by latent; each range of latents that is done is noted too.
 4. study.json, with a checksum of each file, makes the study complete.
+
+Several processes take turns: of the next blocks (and ranges of latents) each has one, and rank 0, which alone writes,
+takes them in their order. So what is on the disk is always that of the first blocks, whoever computed them: any number
+of processes can go on from there, and the files have the same bytes.
 """
 
 import hashlib
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -37,7 +41,8 @@ from topkapi.evaluate import spread_contexts
 from topkapi.evaluate.reconstruction import CHUNK_ELEMENTS
 from topkapi.files import lock, read_json, remove_leftovers, sync, write_atomic, write_json
 from topkapi.model import Autoencoder
-from topkapi.study.invert import candidates, invert, thin, write_array
+from topkapi.parallel import ALONE, Arrays, Mesh
+from topkapi.study.invert import candidates, invert, offsets_of, thin, write_array
 from topkapi.study.layout import (
     BY_TOKEN,
     DTYPES,
@@ -45,6 +50,7 @@ from topkapi.study.layout import (
     PROGRESS,
     STUDY,
     WHAT,
+    continued,
     damaged,
     facts_of,
     path_of,
@@ -53,10 +59,45 @@ from topkapi.study.layout import (
     verify,
 )
 
-BLOCK_TOKENS = 65_536  # harvested, encoded and appended at once: 17 MB of code at k 32
+BLOCK_TOKENS = 65_536  # harvested and encoded at once: 17 MB of code at k 32
+PIECE_ENTRIES = 2**22  # of the code, appended at once: all of a block unless it is that of a ReLU autoencoder
 SAVE_SECONDS = 10.0
 MOST_TOKENS = 2**32  # rows and positions are uint32
 MOMENTS = ("n_fired", "sums", "sum_squares", "maxima")
+
+
+class Code(NamedTuple):
+    """The active latents of some tokens, those of each token after those of the one before it."""
+
+    counts: Int64[np.ndarray, " rows"]
+    """How many each token has."""
+    indices: UInt32[np.ndarray, " entries"]
+    values: Float32[np.ndarray, " entries"]
+
+    def of(self, kept: Bool[np.ndarray, " entries"]) -> "Code":
+        """The code without entries that are not kept."""
+        rows = np.repeat(np.arange(len(self.counts)), self.counts)[kept]
+        return Code(np.bincount(rows, minlength=len(self.counts)), self.indices[kept], self.values[kept])
+
+
+class Tally(NamedTuple):
+    """What is counted of the latents that fire in some code."""
+
+    latents: Int64[np.ndarray, " fired"]
+    n_fired: Int64[np.ndarray, " fired"]
+    sums: Float64[np.ndarray, " fired"]
+    sum_squares: Float64[np.ndarray, " fired"]
+    maxima: Float32[np.ndarray, " fired"]
+
+    @classmethod
+    def of(cls, code: Code, n_latents: int) -> "Tally":
+        """That of a code."""
+        wide, maxima = code.values.astype(np.float64), np.zeros(n_latents, np.float32)
+        n_fired = np.bincount(code.indices, minlength=n_latents)
+        sums, squares = (np.bincount(code.indices, of, n_latents) for of in (wide, wide * wide))
+        np.maximum.at(maxima, code.indices, code.values)
+        latents = np.flatnonzero(n_fired)
+        return cls(latents, *(of_all[latents] for of_all in (n_fired, sums, squares, maxima)))
 
 
 @dataclass
@@ -73,27 +114,13 @@ class Moments:
         """Of no token."""
         return cls(*(np.zeros(n_latents, DTYPES[name]) for name in MOMENTS))
 
-    def add_(self, latents: UInt32[np.ndarray, " n"], values: Float32[np.ndarray, " n"]) -> None:
-        """Count some firings."""
-        n, wide = len(self.n_fired), values.astype(np.float64)
-        self.n_fired += np.bincount(latents, minlength=n)
-        self.sums += np.bincount(latents, wide, n)
-        self.sum_squares += np.bincount(latents, wide * wide, n)
-        np.maximum.at(self.maxima, latents, values)
-
-
-@dataclass(frozen=True)
-class Code:
-    """The active latents of some tokens: those of token i are entries offsets[i] to offsets[i + 1]."""
-
-    counts: Int64[np.ndarray, " rows"]
-    indices: UInt32[np.ndarray, " entries"]
-    values: Float32[np.ndarray, " entries"]
-
-    def of(self, kept: Bool[np.ndarray, " entries"]) -> "Code":
-        """The code without entries that are not kept."""
-        rows = np.repeat(np.arange(len(self.counts)), self.counts)[kept]
-        return Code(np.bincount(rows, minlength=len(self.counts)), self.indices[kept], self.values[kept])
+    def add_(self, tally: Tally) -> None:
+        """Count some firings more."""
+        latents = tally.latents
+        self.n_fired[latents] += tally.n_fired
+        self.sums[latents] += tally.sums
+        self.sum_squares[latents] += tally.sum_squares
+        self.maxima[latents] = np.maximum(self.maxima[latents], tally.maxima)
 
 
 def encoded(ae: Autoencoder, raw: Tensor) -> Iterator[Code]:
@@ -104,6 +131,18 @@ def encoded(ae: Autoencoder, raw: Tensor) -> Iterator[Code]:
         rows = 8_192  # the kernels keep no pre-activations
     for part in raw.split(rows):
         yield _encoded(ae, part)
+
+
+def joined(parts: Iterable[Code], n_entries: int) -> Iterator[Code]:
+    """The same code in fewer parts: consecutive ones together until they have `n_entries`."""
+    held: list[Code] = []
+    for part in parts:
+        held.append(part)
+        if sum(len(code.indices) for code in held) >= n_entries:
+            yield Code(*map(np.concatenate, zip(*held, strict=True)))
+            held.clear()
+    if held:
+        yield Code(*map(np.concatenate, zip(*held, strict=True)))
 
 
 @torch.no_grad()
@@ -129,40 +168,55 @@ def write_study(
     data: DataConfig,
     config: StudyConfig,
     folder: Path,
+    mesh: Mesh = ALONE,
 ) -> None:
     """Write the study of the run's autoencoder on `token_file`, its split `config.split`, into `folder`.
 
     One that was interrupted there goes on, and one that is finished is read once to see that it is sound. Tokens that
     training leaves out (first positions, special tokens, outlier norms, these against the median of a block of
-    BLOCK_TOKENS tokens) are not encoded. Memory: a block and 36 bytes a latent; disk: 16 bytes for each
-    active latent of each token.
+    BLOCK_TOKENS tokens) are not encoded. The processes of a mesh all call it; they see the same folder, which rank 0
+    alone writes. Memory of each: a block with its code, a range of latents, and 36 bytes a latent; disk: 16 bytes for
+    each active latent of each token.
 
     Raises:
-        TopkapiError: fewer tokens than asked for; none is kept; the folder holds a study of something else; damage.
+        TopkapiError: fewer tokens than asked for; none is kept; the folder holds a study of something else; damage;
+            processes that read other text or another language model.
     """
     context_ids = _contexts(token_file, data, config)
     identity = _identity(run, ae, lm, token_file, data, config, len(context_ids))
-    if (folder / STUDY).exists():
-        header = read_header(folder)
-        require_same(folder, identity, header["identity"])
-        verify(folder, header)
-        clear(folder, header["files"])
+    require_agreement(identity, mesh)
+    if mesh.on_first(lambda: _is_finished(folder, identity)):
         say(f"{folder}: finished before, its files are sound.")
         return
-
-    def busy() -> None:
-        raise TopkapiError(f"another process writes a study into {folder}; wait for it, or name another --out.")
-
-    with lock(folder, busy):
-        remove_leftovers(folder)
+    with ExitStack() as stack:
         writer = _Writer(folder, identity, ae.n_latents)
-        _encode(writer, ae.to(lm.device), lm, token_file, data, config, context_ids)
-        if writer.n_rows == 0:
-            raise TopkapiError(
-                f"no token of the {config.split} text is kept, see DataConfig: there is nothing to study."
-            )
-        _invert(writer, config.reservoir)
-        _finish(writer, run, token_file, data, context_ids, ae)
+        done = mesh.on_first(lambda: writer.begin(stack))
+        _encode(writer, done, ae.to(lm.device), lm, token_file, data, context_ids, mesh)
+        mesh.on_first(lambda: writer.end(config.split))
+        _invert(writer, mesh)
+        mesh.on_first(lambda: _finish(writer, run, token_file, data, context_ids, ae))
+
+
+def _is_finished(folder: Path, identity: dict[str, Any]) -> bool:
+    """Whether the folder holds this study, whole; what only its writing needed is removed."""
+    if not (folder / STUDY).exists():
+        return False
+    header = read_header(folder)
+    require_same(folder, identity, header["identity"])
+    verify(folder, header)
+    clear(folder, header["files"])
+    return True
+
+
+def require_agreement(identity: dict[str, Any], mesh: Mesh) -> None:
+    """Raise TopkapiError, on all processes, if one would study something else than rank 0: nodes may differ."""
+    failure, theirs = None, mesh.on_first(lambda: identity)
+    if changed := [name for name in identity if identity[name] != theirs[name]]:
+        failure = TopkapiError(
+            f"rank {mesh.rank} of {mesh.n_ranks} has another {', '.join(changed)} than rank 0: give all machines the "
+            "same run, language model and corpora."
+        )
+    mesh.raise_any(failure)
 
 
 def _contexts(token_file: TokenFile, data: DataConfig, config: StudyConfig) -> Int64[np.ndarray, " contexts"]:
@@ -203,18 +257,38 @@ def _identity(
 
 
 class _Writer:
-    """The files of an unfinished study, and how much of them counts."""
+    """The files of an unfinished study, and how much of them counts. Rank 0 has them; the others' stays empty."""
 
     def __init__(self, folder: Path, identity: dict[str, Any], n_latents: int) -> None:
         self.folder, self.identity = folder, identity
         self.moments = Moments.zeros(n_latents)
         self.n_entries = np.zeros(n_latents, np.int64)
         self.n_contexts = self.n_rows = self.n_written = self.inverted = 0
-        if (folder / PROGRESS).exists():
+        self.files: dict[str, BinaryIO] = {}
+
+    def begin(self, stack: ExitStack) -> int:
+        """Lock the folder and open the growing files, for as long as the stack lasts; the contexts that are there."""
+
+        def busy() -> None:
+            raise TopkapiError(
+                f"another process writes a study into {self.folder}; wait for it, or name another --out."
+            )
+
+        stack.enter_context(lock(self.folder, busy))
+        remove_leftovers(self.folder)
+        if (self.folder / PROGRESS).exists():
             self._load()
         else:
-            write_array(path_of(folder, "row_offsets"), np.zeros(1, "<i8"))
+            write_array(path_of(self.folder, "row_offsets"), np.zeros(1, "<i8"))
+        for name, length in self.lengths.items():
+            self.files[name] = stack.enter_context(continued(path_of(self.folder, name), length))
         self.saved = time.monotonic()
+        return self.n_contexts
+
+    @property
+    def reservoir(self) -> int:
+        """Firings of each latent that are to be kept; 0: all."""
+        return self.identity["reservoir"]
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -227,34 +301,35 @@ class _Writer:
             "values": entries,
         }
 
-    def append(self, positions: UInt32[np.ndarray, " rows"], code: Code) -> None:
-        """Append some tokens; they count from the next `save` on."""
-        ends = self.n_written + np.cumsum(code.counts)
+    def append(self, positions: UInt32[np.ndarray, " rows"], code: Code, tally: Tally) -> None:
+        """Append some tokens, with a reservoir only candidates for it; they count from the next `save` on."""
+        self.moments.add_(tally)
+        if self.reservoir:
+            rows = self.n_rows + np.repeat(np.arange(len(code.counts)), code.counts)
+            code = code.of(candidates(code.indices, rows, self.moments.n_fired, self.reservoir))
         parts = {
             "positions": positions,
-            "row_offsets": ends.astype("<i8"),
+            "row_offsets": (self.n_written + np.cumsum(code.counts)).astype("<i8"),
             "indices": code.indices,
             "values": code.values,
         }
         for name, array in parts.items():
-            self.files[name].write(array.tobytes())
+            self.files[name].write(np.ascontiguousarray(array))
         self.n_entries += np.bincount(code.indices, minlength=len(self.n_entries))
         self.n_rows, self.n_written = self.n_rows + len(positions), self.n_written + len(code.indices)
 
-    def __enter__(self) -> "_Writer":
-        with ExitStack() as stack:
-            self.files = {}
-            for name, length in self.lengths.items():
-                path = path_of(self.folder, name)
-                self.files[name] = file = stack.enter_context(path.open("ab"))
-                if file.tell() < length:
-                    raise damaged(path, "damaged: shorter than it was")
-                file.truncate(length)
-            self._closing = stack.pop_all()
-        return self
+    def reached(self, n_contexts: int, is_last: bool) -> None:
+        """So many contexts are appended; save that if it is time to."""
+        self.n_contexts = n_contexts
+        if is_last or time.monotonic() - self.saved >= SAVE_SECONDS:
+            self.save()
 
-    def __exit__(self, *exception: object) -> None:
-        self._closing.close()
+    def end(self, split: str) -> None:
+        """Close the growing files. Raises TopkapiError if there is nothing in them."""
+        for file in self.files.values():
+            file.close()
+        if self.n_rows == 0:
+            raise TopkapiError(f"no token of the {split} text is kept, see DataConfig: there is nothing to study.")
 
     def save(self) -> None:
         """Make everything appended so far, or inverted, count."""
@@ -295,54 +370,58 @@ def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def _encode(
     writer: _Writer,
+    done: int,
     ae: Autoencoder,
     lm: LanguageModel,
     token_file: TokenFile,
     data: DataConfig,
-    config: StudyConfig,
     context_ids: Int64[np.ndarray, " contexts"],
+    mesh: Mesh,
 ) -> None:
-    """Append the code of all contexts that are not there yet."""
-    if writer.n_contexts == len(context_ids):
+    """Append the code of all contexts but the first `done`, which is there."""
+    if done == len(context_ids):
         return
     if lm.device.type == "cuda":
         lm.compile_(data.context)
-    step = max(1, BLOCK_TOKENS // data.context)
-    total, done = len(context_ids) * data.context, writer.n_contexts * data.context
-    with writer, progress("encode", total, done=done) as meter:
-        for start in range(writer.n_contexts, len(context_ids), step):
+    step, end = max(1, BLOCK_TOKENS // data.context), len(context_ids)
+    with progress("encode", end * data.context, done=done * data.context) as meter:
+
+        def pieces(start: int) -> Iterator[Arrays]:
             group = context_ids[start : start + step]
             block, _ = harvest(lm, token_file, group, data, meter.advance)
             where = block.positions.cpu().numpy()
             slot = start + np.searchsorted(group, where // data.context)
             positions = (slot * data.context + where % data.context).astype("<u4")
-            for code in encoded(ae, block.x):
+            for code in joined(encoded(ae, block.x), PIECE_ENTRIES):
                 part, positions = np.split(positions, [len(code.counts)])
-                writer.append(part, _counted(writer, code, config.reservoir))
-            writer.n_contexts = start + len(group)
-            if time.monotonic() - writer.saved >= SAVE_SECONDS or writer.n_contexts == len(context_ids):
-                writer.save()
+                yield part, *code, *Tally.of(code, ae.n_latents)
+
+        for start in range(done, end, step * mesh.n_ranks):
+            mine, reached = start + mesh.rank * step, min(start + step * mesh.n_ranks, end)
+            for piece in mesh.in_order_on_first(pieces(mine) if mine < end else ()):
+                writer.append(piece[0], Code(*piece[1:4]), Tally(*piece[4:]))
+            if mesh.rank == 0:
+                writer.reached(reached, is_last=reached == end)
+            meter.advance((reached - min(start + step, reached)) * data.context)  # of the others
 
 
-def _counted(writer: _Writer, code: Code, reservoir: int) -> Code:
-    """Count the firings; with a reservoir, only the candidates for it are to be kept."""
-    writer.moments.add_(code.indices, code.values)
-    if not reservoir:
-        return code
-    rows = writer.n_rows + np.repeat(np.arange(len(code.counts)), code.counts)
-    return code.of(candidates(code.indices, rows, writer.moments.n_fired, reservoir))
+def _invert(writer: _Writer, mesh: Mesh) -> None:
+    """From the code by token to the code by latent."""
+    kind = "candidate" if writer.reservoir else "latent"
 
+    def begin() -> tuple[int, int]:
+        write_array(path_of(writer.folder, f"{kind}_offsets"), offsets_of(writer.n_entries))
+        return writer.inverted, writer.n_written
 
-def _invert(writer: _Writer, reservoir: int) -> None:
     def save(latents: int) -> None:
         writer.inverted = latents
         writer.save()
 
-    kind = "candidate" if reservoir else "latent"
-    with progress("invert", writer.n_written, unit="firings") as meter:
-        invert(writer.folder, writer.n_entries, kind, writer.inverted, save, meter.advance)
-    if reservoir:
-        thin(writer.folder, writer.moments.n_fired, reservoir)
+    done, n_written = mesh.on_first(begin)
+    with progress("invert", n_written, unit="firings") as meter:
+        invert(writer.folder, kind, done, save, meter.advance, mesh)
+    if writer.reservoir:
+        mesh.on_first(lambda: thin(writer.folder, writer.moments.n_fired, writer.reservoir))
 
 
 def _finish(

@@ -105,7 +105,7 @@ class Grid:
                 raise TopkapiError(f"{option} has {twice[0]} twice; give each value once.")
         if (set(self.sparsity) != {"none"}) != bool(self.l1_coefficient):
             raise TopkapiError(
-                f"--l1-coefficient goes with --sparsity l1 or l1_decoder_norm, and they with it; got "
+                "--l1-coefficient goes with --sparsity l1 or l1_decoder_norm, and they with it; got "
                 f"--sparsity {' '.join(self.sparsity)} and {len(self.l1_coefficient)} coefficients."
             )
 
