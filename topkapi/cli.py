@@ -139,7 +139,8 @@ class FindOptions:
     """Latents shown."""
 
     verify: int = 10
-    """Of these, latents that are ablated to measure what was estimated."""
+    """Latents of largest estimate that are ablated to measure it; with more than --top, those of the largest measured
+    effect are shown."""
 
     steps: int = 0
     """Steps of integrated gradients; 0: the gradient of the prompt as it is, activation times gradient."""

@@ -31,7 +31,7 @@ def test_attribution_is_exact_where_the_model_is_linear_after_the_site():
     falls = [clean - metric_of(spliced.logits(TOKENS, [Edit(int(i), "ablate")])) for i in found.latents]
     np.testing.assert_allclose(found.total, falls, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(measure(spliced, TOKENS, found.latents.tolist(), UP, DOWN), falls, rtol=1e-9, atol=1e-12)
-    for row, latent in enumerate(found.latents[:5].tolist()):
+    for row, latent in enumerate(found.latents[:2].tolist()):
         for t in range(TOKENS.shape[1]):
             alone = clean - metric_of(spliced.logits(TOKENS, [Edit(latent, "ablate", where=(t,))]))
             assert found.at[row, t] == pytest.approx(alone if t else 0.0, abs=1e-12)

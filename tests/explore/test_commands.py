@@ -6,6 +6,7 @@ autoencoder taken; steering without a study allowed multiples of a maximum.
 
 import json
 import shutil
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import topkapi.explore
 from topkapi.cli import main
 from topkapi.errors import TopkapiError
 from topkapi.explore import Edit, attribute, measure, rank_correlation
+from topkapi.explore.finding import find
 from topkapi.explore.prompts import encode, single_token, texts
 from topkapi.explore.writing import pattern_of
 
@@ -59,6 +61,18 @@ def test_find_ranks_and_measures(run, spliced, tmp_path, capsys):
             assert f"[[{context['token']}]]" in shown
     assert any(row["contexts"] for row in found["latents"])
     assert f"{measured[0]:+.3f}" in shown
+
+
+def test_more_measurements_than_rows_show_the_largest_measured(run, spliced):
+    found = find(spliced, PROMPT, [" the"], [" a"], top=3, verify=500)
+    tokens, up, down = spliced.tokens(PROMPT), [single_token(spliced.lm, " the")], [single_token(spliced.lm, " a")]
+    attribution = attribute(spliced, tokens, up, down)
+    measured = measure(spliced, tokens, attribution.latents.tolist(), up, down)
+    largest = np.argsort(-np.abs(measured), kind="stable")[:3]
+    assert [row.latent for row in found.latents] == attribution.latents[largest].tolist()
+    assert [row.measured for row in found.latents] == pytest.approx(measured[largest].tolist(), rel=1e-4)
+    assert [row.attribution for row in found.latents] == pytest.approx(attribution.total[largest].tolist(), rel=1e-4)
+    assert found.rank_correlation.n == found.n_active == len(measured)
 
 
 def test_find_integrates_and_does_without_a_study(bare, capsys):
@@ -109,6 +123,7 @@ def test_steer_counts(run, tmp_path, capsys):
     ("arguments", "expected"),
     [
         (["find", "RUN", "--prompt", "", "--positive", "a", "--negative", "b"], "the prompt is empty"),
+        (["find", "RUN", "--prompt", "T", *FIND[2:]], "no latent is active in 'T'"),
         (["find", "RUN", *FIND[:3], " theatre compass", *FIND[4:]], "must be one token"),
         (["find", "RUN", *FIND, "--top", "0"], "--top 1"),
         (["find", "RUN", "--prompt", "a " * 200, *FIND[2:]], "sees at most 128"),
@@ -142,7 +157,7 @@ def test_each_mistake_gives_one_line(run, bare, capsys, arguments, expected):
     *before, last = said.err.splitlines()
     assert last.startswith("topkapi: ")
     assert expected in last
-    assert all(line.startswith("loading") for line in before)
+    assert all(line.startswith(("loading", "attribution")) for line in before)
 
 
 def test_a_study_of_another_autoencoder_is_refused(run, bare, capsys):
@@ -172,6 +187,23 @@ def test_pieces_of_a_word_are_named(spliced):
     with pytest.raises(TopkapiError, match="makes 0 of it"):
         single_token(spliced.lm, "")
     assert encode(spliced.lm, "the").shape == (1, len(spliced.lm.tokenizer("the")["input_ids"]))
+
+
+def test_tokenizers_that_begin_texts_with_a_space_are_understood(spliced):
+    """As those of SentencePiece do: 'he' and ' he' are one token, and so is 'he' behind a letter."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "\u2581", "\u2581a", "\u2581he", "\u2581she", "he", "\u00e9"]
+    tokenizer = Tokenizer(
+        models.BPE(dict(zip(words, range(7), strict=True)), [], unk_token="<unk>", ignore_merges=True)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    lm = copy(spliced.lm)
+    lm.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    assert texts(lm, [3, 5, 3]) == [" he", "he", " he"]
+    assert single_token(lm, "he") == single_token(lm, " he") == 3
 
 
 def test_words_are_whole_words_in_any_case(tmp_path):

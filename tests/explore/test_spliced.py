@@ -16,6 +16,7 @@ from topkapi.errors import TopkapiError
 from topkapi.explore import Edit, Spliced
 
 TOKENS = torch.arange(40, 64).reshape(2, 12) * 7 % 500 + 5
+MIXED = list(zip(FAMILIES * 2, SITES[:3] + SITES[1:], strict=True))
 KINDS = {
     "clamp": (Edit(0, "clamp", -1.5), lambda z: torch.full_like(z, -1.5)),
     "bound": (Edit(0, "bound", 0.1, 0.2), lambda z: z.clamp(0.1, 0.2)),
@@ -47,16 +48,23 @@ def test_without_edits_nothing_changes(make, family, site):
     spliced = make(family, site)
     model, clean = spliced.lm.model, spliced.lm.logits(TOKENS)
     assert torch.equal(spliced.logits(TOKENS), clean)
-    plain = model.generate(TOKENS, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    plain = model.generate(TOKENS, max_new_tokens=4, do_sample=False, pad_token_id=0)
     idle = Edit(active(spliced, TOKENS), "scale", 1.0)
-    for edits in ((), (idle,)):
-        with spliced.editing(edits):
-            assert torch.equal(model.generate(TOKENS, max_new_tokens=6, do_sample=False, pad_token_id=0), plain)
+    with spliced.editing([idle]):
+        assert torch.equal(model.generate(TOKENS, max_new_tokens=4, do_sample=False, pad_token_id=0), plain)
     assert torch.equal(spliced.logits(TOKENS, [idle]), clean), "an edit that changes no value adds exactly nothing"
 
 
-@pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_takes_edits(make):
+    spliced = make()
+    how = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(spliced.generate(TOKENS, **how), spliced.lm.model.generate(TOKENS, **how))
+    with spliced.editing([Edit(5, "clamp", 30.0)]):
+        pushed = spliced.lm.model.generate(TOKENS, **how)
+    assert torch.equal(spliced.generate(TOKENS, [Edit(5, "clamp", 30.0)], **how), pushed)
+
+
+@pytest.mark.parametrize(("family", "site"), MIXED)
 def test_ablation_subtracts_the_latents_part(make, family, site):
     spliced = make(family, site)
     i, code, z = active(spliced, TOKENS), spliced.code(TOKENS), dense(spliced, TOKENS)
@@ -155,7 +163,7 @@ def test_left_padded_batches_equal_single_prompts(make, family):
     assert (plain.logits[0] - together.logits[0]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("family", "site"), zip(FAMILIES * 2, SITES[:3] + SITES[1:], strict=True))
+@pytest.mark.parametrize(("family", "site"), MIXED)
 def test_cached_generation_equals_recomputation(make, family, site):
     spliced = make(family, site)
     prompt = TOKENS[:, :5]
@@ -215,6 +223,7 @@ def test_other_threads_see_no_edits_and_wait(make):
     lm, clean, found = spliced.lm, spliced.lm.logits(TOKENS), {}
     held = [Edit(3, "clamp", 5.0)]
     wanted = spliced.logits(TOKENS, held)
+    assert not torch.equal(wanted, clean)
 
     def direct():
         found["direct"] = lm.model(TOKENS).logits
@@ -222,16 +231,21 @@ def test_other_threads_see_no_edits_and_wait(make):
     def waiting():
         found["waiting"] = lm.logits(TOKENS)
 
-    threads = [threading.Thread(target=work) for work in (direct, waiting)]
+    def waiting_to_edit():
+        found["edited"] = spliced.logits(TOKENS, held)
+
+    threads = [threading.Thread(target=work) for work in (direct, waiting, waiting_to_edit)]
     with spliced.editing(held):
         for thread in threads:
             thread.start()
         threads[0].join()
-        assert "waiting" not in found
+        assert not {"waiting", "edited"} & found.keys()
         assert torch.equal(lm.logits(TOKENS), wanted)
-    threads[1].join()
+    for thread in threads[1:]:
+        thread.join()
     assert torch.equal(found["direct"], clean)
     assert torch.equal(found["waiting"], clean)
+    assert torch.equal(found["edited"], wanted)
 
 
 def test_gradients_pass_the_edit_as_a_constant(make):

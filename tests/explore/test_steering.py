@@ -139,7 +139,7 @@ def test_an_experiment_sees_an_effect_that_is_there_and_none_where_there_is_none
     unembedding = spliced.lm.model.lm_head.weight
     spliced.ae.W_dec.detach()[5] = unembedding[word] / unembedding[word].norm()  # latent 5 speaks for one word
     unembedding.detach().mul_(30)
-    idle = [[Edit(i, "scale", 1.0)] for i in range(20, 24)]
+    idle = [[Edit(i, "scale", 1.0)] for i in range(20, 22)]
     pattern = re.compile(re.escape(continuation(spliced.lm, [word])))
     try:
         steered = experiment(spliced, PROMPT, [Edit(5, "clamp", 1e3)], idle, pattern, 12, 4)

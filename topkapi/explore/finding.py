@@ -110,6 +110,9 @@ def find(
 ) -> Found:
     """The `top` latents of largest attribution, the first `verify` of them also ablated, with contexts from a study.
 
+    With `verify` above `top`, the `top` of largest measured effect among those that were ablated: the gradient is small
+    where the language model is sure, and a latent that makes it so can have a small attribution.
+
     Raises:
         TopkapiError: as `encode`, `single_token`, `attribute` and `measure` do, or `top` < 1 or `verify` < 0.
     """
@@ -119,20 +122,27 @@ def find(
     up, down = ([single_token(spliced.lm, text) for text in side] for side in (positive, negative))
     with progress("attribution", 1 + steps, unit="passes") as meter:
         attribution = attribute(spliced, tokens, up, down, steps, meter.advance)
-    shown = attribution.latents[:top].tolist()
-    verified = shown[:verify]
+    if not len(attribution.latents):
+        raise TopkapiError(
+            f"no latent is active in {prompt!r}: training leaves out the first position and special tokens, and it has "
+            "nothing else. Put text before it."
+        )
+    verified = attribution.latents[:verify].tolist()
     with progress("ablation", len(verified), unit="latents") as meter:
         measured = measure(spliced, tokens, verified, up, down, meter.advance).tolist()
+    shown = range(min(top, len(attribution.latents)))
+    if verify > top:
+        shown = sorted(range(len(measured)), key=lambda i: -abs(measured[i]))[:top]
     rows = [
         FoundLatent(
-            latent=latent,
+            latent=(latent := int(attribution.latents[i])),
             attribution=float(attribution.total[i]),
             measured=measured[i] if i < len(measured) else None,
             by_position=attribution.at[i].tolist(),
             values=attribution.values[i].tolist(),
             contexts=[] if study is None else contexts(study, spliced, latent),
         )
-        for i, latent in enumerate(shown)
+        for i in shown
     ]
     return Found(
         prompt=prompt,
@@ -197,9 +207,8 @@ def show(found: Found, has_contexts: bool) -> None:
         lines = [Text("\n").join(_line(context) for context in row.contexts)] if has_contexts else []
         table.add_row(*numbers, Text(_places(found.tokens, row.by_position)), *lines)
     out.print(table)
-    n = sum(row.measured is not None for row in found.latents)
     if found.rank_correlation is None:
-        out.print(f"\nNo rank correlation of estimated and measured: {n} measured, and it takes 4 that differ.")
+        out.print("\nNo rank correlation of estimated and measured: it takes 4 latents whose effects differ.")
     else:
         value, low, high, n = found.rank_correlation
         out.print(

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from topkapi.data.language_model import LanguageModel
+from topkapi.data.language_model import LanguageModel, quiet
 from topkapi.errors import TopkapiError
-from topkapi.evaluate.contexts import decode_around
+from topkapi.evaluate.contexts import CUT, visible
 
 
 def encode(lm: LanguageModel, text: str, n_new: int = 0) -> Int[Tensor, "1 c"]:
@@ -17,7 +17,8 @@ def encode(lm: LanguageModel, text: str, n_new: int = 0) -> Int[Tensor, "1 c"]:
     Raises:
         TopkapiError: no token, or too many for the language model.
     """
-    ids = list(lm.tokenizer(text)["input_ids"])
+    with quiet():  # or it warns of texts longer than the model's context
+        ids = list(lm.tokenizer(text)["input_ids"])
     if not text or not ids:
         raise TopkapiError("the prompt is empty: give some text.")
     if lm.max_context is not None and len(ids) + n_new > lm.max_context:
@@ -34,7 +35,10 @@ def single_token(lm: LanguageModel, text: str) -> int:
     Raises:
         TopkapiError: it is none, or several, which the message names.
     """
-    ids = list(lm.tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = _ids(lm, text)
+    if len(ids) > 1:  # tokenizers that put a space before every text say what follows a letter after that letter
+        before, after = _ids(lm, "a"), _ids(lm, f"a{text}")
+        ids = after[len(before) :] if after[:-1] == before else ids
     if len(ids) != 1:
         pieces = ", ".join(repr(piece) for piece in texts(lm, ids))
         raise TopkapiError(
@@ -44,9 +48,25 @@ def single_token(lm: LanguageModel, text: str) -> int:
     return ids[0]
 
 
+def _ids(lm: LanguageModel, text: str) -> list[int]:
+    return list(lm.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def texts(lm: LanguageModel, ids: Sequence[int]) -> list[str]:
-    """The text of each token, made safe to print; a piece of a character is shown by the tokenizer's name for it."""
-    return [decode_around(lm.tokenizer, [i], 0)[1] for i in ids]
+    """The text of each token, with its space, made safe to print; a piece of a character is the tokenizer's name of it.
+
+    What a token adds to itself, as some tokenizers drop the space of the first one.
+    """
+    found = []
+    for i in ids:
+        once, twice = (_decode(lm, [i] * n) for n in (1, 2))
+        text = twice[len(once) :] if twice.startswith(once) else once
+        found.append(visible(lm.tokenizer.convert_ids_to_tokens(i) if CUT in text or not text else text))
+    return found
+
+
+def _decode(lm: LanguageModel, ids: Sequence[int]) -> str:
+    return lm.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def continuation(lm: LanguageModel, ids: Sequence[int]) -> str:

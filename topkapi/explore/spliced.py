@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ class Spliced:
         data = (ae.training_config or {}).get("data", {})
         self.drops_first: bool = data.get("drop_first_position", True)
         self.drops_special: bool = data.get("drop_special_tokens", True)
-        self._is_editing = False
+        self._editor: int | None = None  # the thread that is inside of `editing`
 
     def tokens(self, text: str) -> Int[Tensor, "1 c"]:
         """The tokens of a prompt. Raises TopkapiError where there is none, or too many for the language model."""
@@ -123,6 +124,15 @@ class Spliced:
         with self.editing(edits):
             return self.lm.logits(tokens)
 
+    def generate(self, tokens: Int[Tensor, "b c"], edits: Sequence[Edit] = (), **options: Any) -> Any:
+        """What `lm.model.generate` returns for its `options`, with latents edited.
+
+        Give an `attention_mask` where contexts are padded.
+        """
+        tokens = tokens.to(self.lm.device)
+        with self.editing(edits):
+            return self.lm.model.generate(tokens, **{"attention_mask": torch.ones_like(tokens), **options})
+
     @contextmanager
     def editing(self, edits: Sequence[Edit]) -> Iterator[None]:
         """Within the block `lm.model(...)` and `lm.model.generate(...)` run with latents edited.
@@ -149,11 +159,11 @@ class Spliced:
             return raw + self._change(raw.detach(), edits, latents, places[0])
 
         with self.lm.changing(replace, before):
-            self._is_editing = True
+            self._editor = get_ident()
             try:
                 yield
             finally:
-                self._is_editing = False
+                self._editor = None
 
     def check(self, edits: Sequence[Edit]) -> None:
         """Raise TopkapiError if an edit names a latent that there is none of."""
@@ -166,7 +176,7 @@ class Spliced:
             raise TopkapiError(f"no latent {latent}: the autoencoder has latents 0 to {self.ae.n_latents - 1}.")
 
     def _require_no_edits(self) -> None:
-        if self._is_editing:
+        if self._editor == get_ident():
             raise TopkapiError(
                 "edits are in force here already: give all of them to one `editing`, and leave it first."
             )

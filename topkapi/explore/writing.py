@@ -12,6 +12,7 @@ from rich.text import Text
 
 from topkapi.console import progress, say
 from topkapi.errors import TopkapiError
+from topkapi.evaluate.contexts import visible
 from topkapi.explore.controls import matched_controls
 from topkapi.explore.edits import Edit, Kind, parse_edit, parse_where
 from topkapi.explore.finding import stdout, study_of
@@ -135,7 +136,7 @@ def _samples(spliced: Spliced, tokens: Any, edits: Sequence[Edit], sampling: Sam
         clean, steered = _texts(spliced, found, i)
         kl = found.kl[i, : found.steered_lengths[i]].tolist()
         bars = "".join(BARS[min(7, int(8 * value / highest))] if highest else BARS[0] for value in kl)
-        table.add_row(Text(clean), Text.assemble(steered, "\n", (bars, "dim")))
+        table.add_row(Text(visible(clean)), Text.assemble(visible(steered), "\n", (bars, "dim")))
         rows.append({"clean": clean, "steered": steered, "kl": kl, "first_difference": found.first_difference(i)})
     out.print(table)
     out.print(f"mean KL(steered || as it is): {found.mean_kl:.4f} nats a token", markup=False)
