@@ -2,7 +2,7 @@
 
 import { Chart, scatterImage } from "../parts/chart.js";
 import { announce, card, fill, h, oncePerFrame, stateNote } from "../parts/dom.js";
-import { count, number } from "../parts/format.js";
+import { count, number, tick } from "../parts/format.js";
 import { NOT_COUNTED } from "../parts/index.js";
 import { QueryError, compile } from "../parts/query.js";
 import { Preview } from "../parts/preview.js";
@@ -297,7 +297,11 @@ class LatentsPage {
       this.showError("");
     } catch (failure) {
       if (!(failure instanceof QueryError)) throw failure;
-      this.showError(failure.message);
+      this.showError(failure.message); // and what was shown stays
+      if (!this.table.length) {
+        this.kept.fill(1);
+        this.sort();
+      }
       return;
     }
     this.chart.setBrush(bounds ? { x: bounds.slice(0, 2), y: bounds.slice(2) } : null);
@@ -312,7 +316,7 @@ class LatentsPage {
 
   showChips(bounds) {
     const clear = () => this.change({ box: "" }, true);
-    const [x0, x1, y0, y1] = (bounds ?? []).map((power) => number(10 ** power, 2));
+    const [x0, x1, y0, y1] = (bounds ?? []).map((power) => tick(Number((10 ** power).toPrecision(2))));
     fill(
       this.chips,
       bounds &&

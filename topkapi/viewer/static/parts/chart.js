@@ -31,6 +31,7 @@ export class Chart {
     this.width = this.host.clientWidth;
     this.u?.destroy();
     this.u = undefined;
+    this.isReady = false;
     if (!this.width) return;
     const { x, y, height = 220, select } = this.options;
     const paint = colours();
@@ -52,7 +53,7 @@ export class Chart {
         hooks: {
           drawAxes: [(u) => this.draw(u, paint)],
           setSelect: [(u) => this.selected(u)],
-          ready: [(u) => this.options.overlay?.(u)],
+          ready: [(u) => this.ready(u)],
           setSize: [(u) => this.options.overlay?.(u)],
         },
       },
@@ -60,6 +61,13 @@ export class Chart {
       this.host,
     );
     this.listen(this.u.over);
+  }
+
+  /** Once scales are known, which is not when uPlot's constructor returns. */
+  ready(u) {
+    this.u = u;
+    this.isReady = true;
+    this.options.overlay?.(u);
     if (this.brush) this.setBrush(this.brush);
   }
 
@@ -128,7 +136,7 @@ export class Chart {
   setBrush(box) {
     this.brush = box;
     this.host.classList.toggle("brushed", Boolean(box));
-    if (!this.u) return;
+    if (!this.isReady) return;
     this.placing = true;
     const place = box
       ? { left: this.u.valToPos(box.x[0], "x"), top: this.u.valToPos(box.y[1], "y") }
