@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from topkapi.data.language_model import LanguageModel
+from topkapi.data.language_model import LanguageModel, quiet
 from topkapi.errors import TopkapiError
 from topkapi.evaluate.contexts import CUT, visible
 
@@ -17,7 +17,8 @@ def encode(lm: LanguageModel, text: str, n_new: int = 0) -> Int[Tensor, "1 c"]:
     Raises:
         TopkapiError: no token, or too many for the language model.
     """
-    ids = list(lm.tokenizer(text)["input_ids"])
+    with quiet():  # or it warns of texts longer than the model's context
+        ids = list(lm.tokenizer(text)["input_ids"])
     if not text or not ids:
         raise TopkapiError("the prompt is empty: give some text.")
     if lm.max_context is not None and len(ids) + n_new > lm.max_context:

@@ -64,6 +64,7 @@ class Experiment(NamedTuple):
     """The latents that each control edits, in the order of the edits."""
     steered_less_controls: Difference
     steered_less_clean: Difference
+    """As if the two were independent; as they share random numbers, the interval is wider than it need be."""
 
 
 def sample(

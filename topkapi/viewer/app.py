@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Mount
+from starlette.routing import Mount, Router
 from starlette.staticfiles import StaticFiles
 
 from topkapi.errors import TopkapiError
@@ -44,8 +44,9 @@ def create_app(run: Path, study: Study, *, model: bool = True, host: str = "127.
             opened.close()
 
     routes = [*StudyApi(opened, LIMITS).routes(), *ModelApi(opened).routes()]
+    api = Router(routes, redirect_slashes=False)
     return Starlette(
-        routes=[Mount("/api", routes=routes), Mount("/", StaticFiles(directory=STATIC, html=True))],
+        routes=[Mount("/api", api), Mount("/", StaticFiles(directory=STATIC, html=True))],
         middleware=[Middleware(Guard, names=Names(host))],
         exception_handlers={Refused: _refused, TopkapiError: _mistaken, HTTPException: _http},
         lifespan=lifespan,

@@ -170,7 +170,7 @@ class Experiments:
         return [{"text": self.texts.alone(e.token), "logit": e.logit, "probability": e.probability} for e in effects]
 
 
-def _active(values: torch.Tensor, indices: torch.Tensor) -> list[list[float]]:
+def _active(values: torch.Tensor, indices: torch.Tensor) -> list[list[float | int]]:
     """The latents with a value > 0 and their values, falling."""
     falling, order = values.sort(descending=True, stable=True)
     n = min(int((falling > 0).sum()), MOST_ACTIVE)

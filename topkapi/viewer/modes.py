@@ -16,8 +16,8 @@ from topkapi.statistics.modes import count_modes, dip_test
 MOST_FIRINGS = 2**14
 FEWEST = 10  # firings that may show more than one mode
 MOST_FOR_DIP = 1_000  # firings: the test costs as much for each number of them that it has not met
-N_SIMULATED = 199
-SIZES = np.unique(np.geomspace(FEWEST, MOST_FOR_DIP, 50).astype(int))  # numbers of firings that the test may meet
+N_SIMULATED = 99
+SIZES = np.unique(np.geomspace(FEWEST, MOST_FOR_DIP, 30).astype(int))  # numbers of firings that the test may meet
 
 
 @dataclass(frozen=True)

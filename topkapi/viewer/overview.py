@@ -115,7 +115,7 @@ def training(run: Path) -> dict[str, Any]:
     return {"tokens": [row["tokens"] for row in rows], "series": series}
 
 
-def _metrics(line: str) -> dict[str, float] | None:
+def _metrics(line: str) -> dict[str, float | int] | None:
     try:
         row = json.loads(line)
     except ValueError:

@@ -57,16 +57,22 @@ def view(run: Path, folder: Path, host: str, port: int, model: bool, in_browser:
 
 def listening(host: str, port: int) -> socket.socket:
     """A socket that listens; port 0 is any that is free. Raises TopkapiError where it cannot."""
+    if not 0 <= port < 2**16:
+        raise TopkapiError(f"--port must be from 0 to {2**16 - 1}; got {port}.")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)  # asyncio sends at once only where TCP is said to be TCP
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-        return listener
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(BACKLOG)
+        except OSError:
+            listener.close()
+            raise
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
         raise TopkapiError(f"cannot listen on {host}, port {port}: {reason}. Choose another --port, or 0.") from None
+    return listener
 
 
 def address_of(listener: socket.socket, host: str) -> str:
