@@ -24,6 +24,7 @@ from topkapi.errors import TopkapiError
 from topkapi.evaluate import LATENTS, evaluate_all
 from topkapi.evaluate.compute_equivalent import read_curve, resampled
 from topkapi.evaluate.downstream import Losses
+from topkapi.evaluate.labelled import has_changed
 from topkapi.evaluate.measures import MEASURES, Subject, as_json, measure
 from topkapi.evaluate.table import remarks, rows
 from topkapi.files import write_text_atomic
@@ -71,18 +72,19 @@ def evaluate_opened(
         text = json.dumps(results | {"gaps": gaps, "settings": same}, indent=2, allow_nan=False)
         write_text_atomic(run / EVALUATION, text + "\n")
 
-    wants_share = "compute_equivalent" in asked.metrics
-    if not results or wants_share or not (run / LATENTS).exists():
+    losses = None
+    if not results or asked.reference or not (run / LATENTS).exists():
         (found,) = evaluate_all([ae], text.language_model, text.splits.held_out, config.data, settings)
         found.write_latents(run)
         gaps = found.gaps | {name: why for name, why in gaps.items() if name not in found.metrics}
-        results = found.metrics | {"intervals": found.intervals} | results
-        if wants_share:
-            _add(results, gaps, "compute_equivalent", lambda: _share(found.losses, asked.reference))
+        results, losses = found.metrics | {"intervals": found.intervals} | results, found.losses
+        keep()
+    if "compute_equivalent" in asked.metrics and (asked.reference or not results.get("compute_equivalent")):
+        _add(results, gaps, "compute_equivalent", lambda: _share(losses, asked.reference))
         keep()
     subject = Subject(ae, text.language_model, text.splits.held_out, config.data, settings)
     for name in MEASURES:
-        if name in asked.metrics and (results.get(name) is None or (results[name].get("left_out"))):
+        if name in asked.metrics and (results.get(name) is None or has_changed(results[name])):
             started = time.monotonic()
             _add(results, gaps, name, lambda name=name: measure(name, subject))
             problem = f": not to be had, {gaps[name]}" if name in gaps else ""

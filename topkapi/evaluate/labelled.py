@@ -12,8 +12,9 @@ nats with a ridge of 1e-6, 0.09 with 1 / n_train, 0.39 for the classes' shares; 
 whose best latents fire on many texts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ def probe_tasks(ae: Autoencoder, lm: LanguageModel, config: DataConfig, n_texts:
     Raises:
         TopkapiError: no task can be measured.
     """
-    tasks, left_out = _installed()
+    tasks, left_out = _installed(TASKS)
     of_latents: dict[str, TaskProbe] = {}
     of_channels: dict[str, TaskProbe] = {}
     control = channels(ae.d_model, ae.W_dec.device)
@@ -79,15 +80,21 @@ def probe_tasks(ae: Autoencoder, lm: LanguageModel, config: DataConfig, n_texts:
     return TaskProbes(of_latents, probe_loss(of_latents, seed), probe_loss(of_channels, seed), left_out)
 
 
-def _installed() -> tuple[dict[str, Task], dict[str, str]]:
+def _installed(names: Iterable[str]) -> tuple[dict[str, Task], dict[str, str]]:
     """The tasks that can be read, and why the others cannot."""
     found, left_out = {}, {}
-    for name in TASKS:
+    for name in names:
         try:
             found[name] = task(name)
         except TopkapiError as error:
             left_out[name] = str(error)
     return found, left_out
+
+
+def has_changed(found: Mapping[str, Any]) -> bool:
+    """Whether a task that a section of eval.json left out can be read now, or cannot for another reason."""
+    _, left_out = _installed(found.get("left_out", {}))
+    return left_out != found.get("left_out", {})
 
 
 def _sources(tasks: dict[str, Task]) -> list[list[str]]:
