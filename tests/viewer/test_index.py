@@ -4,6 +4,7 @@ Seen to fail when: its file is trusted without its checksum; the identity leaves
 firing of a range is looked for in the range before.
 """
 
+import json
 import shutil
 from threading import Event
 
@@ -104,6 +105,9 @@ def test_packed_columns_come_back():
     assert header["tokens"] == ["</script>", "é"]
     for name, array in arrays.items():
         np.testing.assert_array_equal(found[name], array)
+    data = pack({"n_latents": 5}, arrays)
+    offsets = [c["offset"] for c in json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["columns"]]
+    assert all(offset % 8 == 0 for offset in offsets)  # which typed arrays of a browser need
     for cut in (b"", b"1234", b"\xff" * 20):
         with pytest.raises(ValueError):  # noqa: PT011 - of several kinds
             unpack(cut)
