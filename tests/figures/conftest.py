@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.figures.synthetic import error, rotated_seeds, write_evaluation, write_sweep
-from topkapi.figures import draw
+from topkapi.figures import canvas, draw, laws
 from topkapi.statistics.laws import GPT4
 from topkapi.sweep.grid import Grid
 
@@ -16,6 +16,15 @@ GRIDS = [
     Grid(n_latents=(2048,), k=(16,), sparsity=("l1", "l1_decoder_norm"), l1_coefficient=(0.01, 0.03, 0.1)),
 ]
 SEEDS, SHARED_ROWS = ["n2048-k16-seed0", "n2048-k16-seed1"], 500
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick():
+    """Small pictures, and few draws of the bootstrap."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(canvas, "DPI", 50)
+        patch.setattr(laws, "DRAWS", 30)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -6,14 +6,17 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from topkapi.errors import TopkapiError
 from topkapi.figures.canvas import FAINT, Canvas, Panel, colours
 from topkapi.figures.figure import Claim, Figure, LeftOut, Verdict, counted, said
 from topkapi.figures.sources import Run, at_best_rate, grouped, of_one_stream
-from topkapi.statistics.intervals import percentile_interval
+from topkapi.statistics.intervals import CONFIDENCE, percentile_interval
 from topkapi.statistics.laws import GPT4, JointLaw, LawFit, PowerLaw, fit_joint_law, fit_power_law
 
+DRAWS = 300  # of the bootstrap
+N_PARAMETERS, ENOUGH = 6, 10  # of L(N, K) with its irreducible term; degrees of freedom that can speak against it
 FITS = {"with": True, "without": False}  # the irreducible term
 
 
@@ -63,7 +66,8 @@ def _laws(runs: list[Run]) -> Figure:
         "bands: 95 % by bootstrap of residuals. Dotted: the paper's "
         "L(N, K) of GPT-4 activations, moved to these points' mean at each k: other data, for its "
         "shape alone. Right: the "
-        "exponent of n_latents in the reducible part; squares: L(N) fitted to each k by itself, without such a term.",
+        "exponent of n_latents in the reducible part; squares: L(N) fitted to each k by itself, without such a term; "
+        "bands may end at the edge.",
         statement=f"L(n, k) = exp(alpha + beta_k ln k + beta_n ln n + gamma ln k ln n) + exp(zeta + eta ln k). "
         f"{' '.join(said_fits)} The paper's, of GPT-4: {_constants(GPT4)}.",
         canvas=canvas,
@@ -88,7 +92,7 @@ def _mse(run: Run) -> float:
 def _fitted(fit: Any, *measured: np.ndarray, irreducible: bool) -> LawFit | str:
     """The fit, or why there is none."""
     try:
-        return fit(*measured, irreducible=irreducible)
+        return fit(*measured, irreducible=irreducible, n_bootstrap=DRAWS)
     except TopkapiError as error:
         return str(error)
 
@@ -148,6 +152,9 @@ def _draw_exponents(panel: Panel, k: np.ndarray, joint: dict, single: dict) -> N
         values = [fit.law.exponent for fit in alone.values()]
         bars = [one.low for one in ends], [one.high for one in ends]
         panel.points("L(N) of each k", list(alone), values, *bars, colour="#5b5b5b", marker="s", filled=False)
+    shown = [row.y for row in panel.rows if row.y is not None]
+    margin = max(0.1, max(shown) - min(shown))  # bands may reach much farther where points are few
+    panel.axes.set_ylim(min(shown) - margin, max(shown) + margin)
     panel.x_ticks([int(one) for one in np.unique(k)])
 
 
@@ -184,15 +191,21 @@ def _claims(joint: dict, fits: list[str]) -> tuple[Claim, ...]:
         )
     ]
     if len(fits) == 2:
-        a, b = joint["with"].rms, joint["without"].rms
-        free = [len(joint[name].residuals) - (6 if FITS[name] else 4) for name in FITS]
-        better = (a**2 / free[0]) < 0.5 * (b**2 / free[1]) if min(free) > 2 else None
-        claims.append(
-            Claim(
-                "An irreducible term makes the fit markedly better.",
-                "undecided" if better is None else "agrees" if better else "disagrees",
-                f"residuals {a:.2%} with it and {b:.2%} without, {free[0]} and {free[1]} degrees of freedom; half the "
-                "variance counts as markedly",
-            )
-        )
+        claims.append(_irreducible_claim(joint["with"].residuals, joint["without"].residuals))
     return tuple(claims)
+
+
+def _irreducible_claim(with_it: np.ndarray, without: np.ndarray) -> Claim:
+    """By an F test of the two further parameters; that they are of no use is said where many points would show it."""
+    free = len(with_it) - N_PARAMETERS
+    gain = (float((without**2).sum()) - float((with_it**2).sum())) / 2
+    p_value = float(stats.f.sf(max(gain, 0.0) / max(float((with_it**2).sum()) / free, 1e-30), 2, free))
+    verdict: Verdict = "agrees" if p_value < 1 - CONFIDENCE else "undecided" if free < ENOUGH else "disagrees"
+    residuals = [f"{float(np.sqrt((one**2).mean())):.2%}" for one in (with_it, without)]
+    return Claim(
+        "An irreducible term makes the fit markedly better.",
+        verdict,
+        f"residuals {residuals[0]} with it and {residuals[1]} without, p = {p_value:.2g} by an F test "
+        f"with {free} degrees "
+        f"of freedom; fewer than {ENOUGH} cannot speak against it",
+    )

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from topkapi.figures.canvas import Canvas, colours
-from topkapi.figures.figure import Claim, Figure, LeftOut, Verdict, counted, said, share_interval
+from topkapi.figures.figure import Claim, Figure, LeftOut, Verdict, counted, said, share_interval, spanned
 from topkapi.figures.sources import Run
 from topkapi.statistics.modes import count_modes, dip_test
 
@@ -119,7 +119,7 @@ def _claim(rows: list[dict[str, Any]], values: list[float]) -> Claim:
     return Claim(
         "Activations are often multi-modal, more so in early layers.",
         verdict,
-        f"{counted(len(layers), 'layer')} studied, shares {min(values):.3f} to {max(values):.3f}; the "
+        f"{counted(len(layers), 'layer')} studied, shares {spanned(values, '.3f')}; the "
         "intervals of the first "
         "and the last layer decide",
     )
