@@ -12,7 +12,8 @@ import pytest
 
 from tests.command_line import one_line
 from topkapi import evaluation
-from topkapi.cli import Metric, main
+from topkapi.cli import main
+from topkapi.cli.reading import Metric
 from topkapi.evaluate import LATENTS, METRICS, measures
 from topkapi.evaluate.measures import MEASURES
 from topkapi.train import train

@@ -43,7 +43,7 @@ WALLS = {
     "triton": ("ops/kernels/",),
     "transformers": ("data/",),
     "datasets": ("data/",),
-    "tyro": ("cli.py",),
+    "tyro": ("cli/",),
 }
 
 OWN_ATTRIBUTES = ("topkapi.__doc__", "topkapi.__file__", "topkapi.__version__")  # known before any import is done

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from tests.figures.synthetic import write_sweep
-from topkapi.cli import Sweep, Train, _parse
+from topkapi.cli.parsing import parse
+from topkapi.cli.training import Sweep, Train
 from topkapi.figures import commands, report, sources
 from topkapi.figures.canvas import Canvas, styled
 from topkapi.figures.figure import Figure, LeftOut
@@ -95,7 +96,7 @@ def test_colours_of_pictures_are_those_of_the_page():
 def variants_of(grid):
     """What `topkapi sweep` makes of the options."""
     start = Sweep(config=demo(), grid=Grid(n_latents=(64,), k=(2,)), out=Path("sweep"))
-    return _parse(Sweep, "topkapi", commands._options(grid), start).grid.variants()
+    return parse(Sweep, "topkapi", commands._options(grid), start).grid.variants()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -130,14 +131,14 @@ def test_commands_make_the_same_settings(tmp_path):
     words = shlex.split(line)
     assert words[:3] == ["topkapi", "sweep", "demo"]
     recipe = replace(RECIPES["demo"](), eval=replace(RECIPES["demo"]().eval, downstream_tokens=0))
-    given = _parse(Sweep, "topkapi", words[3:], Sweep(config=recipe, grid=Grid.of(recipe), out=tmp_path))
+    given = parse(Sweep, "topkapi", words[3:], Sweep(config=recipe, grid=Grid.of(recipe), out=tmp_path))
     assert shared(given.config) == shared(base)
     assert given.grid.variants() == Grid(n_latents=(128, 256), k=(16,)).variants()
 
     run = tmp_path / "a sweep" / "n128-k16-seed0"
     (line,) = commands.commands([run], [])
     words = shlex.split(line)
-    given = _parse(Train, "topkapi", words[3:], Train(config=RECIPES[words[2]](), run=tmp_path))
+    given = parse(Train, "topkapi", words[3:], Train(config=RECIPES[words[2]](), run=tmp_path))
     assert given.run == run
     (settings,) = [one.settings for one in sources.read_folders([run])]
     assert sources._flat(sources.read_config(run)["training"]) == settings
