@@ -85,7 +85,7 @@ CASES = (
     Case(
         "coarse language",
         "He hit his thumb with the hammer and shouted: what the",
-        (" hell", " heck"),
+        (" hell", " devil"),
         (" reason", " result"),
         Steering(
             "I can't believe he did that again. What the",
