@@ -1,7 +1,6 @@
 """topkapi find and topkapi steer from the command line, on a tiny trained run.
 
-Mutations seen caught: the top latents not the largest; predictions printed in place of measurements; a study of another
-autoencoder taken; steering without a study allowed multiples of a maximum.
+Mutations seen caught: predictions printed in place of measurements; a study of another autoencoder taken.
 """
 
 import json

@@ -48,10 +48,16 @@ def test_controls_are_drawn_by_the_seed(study):
     assert matched_controls(study, edits, 4) != matched_controls(study, edits, 4, seed=1)
 
 
+def test_no_latent_is_in_two_controls(study):
+    for seed in range(5):
+        controls = matched_controls(study, [Edit(3, "ablate"), Edit(4, "ablate")], 8, seed)
+        assert len({edit.latent for control in controls for edit in control}) == 16
+
+
 def test_nearness_is_relative():
-    """10 is to 100 as 1 000 is: the log counts."""
-    study = MadeUp([100, 10, 1_000, 200, 60], [1.0, 1.0, 1.0, 1.0, 1.0])
-    drawn = {matched_controls(study, [Edit(0, "ablate")], 2, seed)[i][0].latent for seed in range(20) for i in (0, 1)}
+    """50 and 200 are as near to 100 as each other; 1 is farther than 300."""
+    study = MadeUp([100, 30, 300, 50, 200, 1, 2, 3, 5], [1.0] * 9)
+    drawn = {matched_controls(study, [Edit(0, "ablate")], 1, seed)[0][0].latent for seed in range(40)}
     assert drawn == {1, 2, 3, 4}
 
 

@@ -163,6 +163,23 @@ def test_left_padded_batches_equal_single_prompts(make, family):
     assert (plain.logits[0] - together.logits[0]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("where", ["all", (0, 1, 2, 3)])
+def test_padding_is_never_edited(make, where):
+    spliced = make()
+    mask = torch.ones_like(TOKENS)
+    mask[0, :4], mask[1, 9:] = 0, 0  # on the left, and on the right
+    seen = []
+    for edits in ([], [Edit(3, "clamp", 4.0, where=where)]):
+        with spliced.editing(edits):
+            handle = spliced.lm.model.model.layers[0].register_forward_hook(lambda m, i, out: seen.append(out))
+            spliced.lm.model(TOKENS, attention_mask=mask)
+            handle.remove()
+    changed = (seen[1] - seen[0]).abs().sum(-1) > 0
+    position = torch.arange(12) - torch.tensor([[4], [0]])
+    wanted = (mask == 1) & ((position > 0) if where == "all" else (position <= 3))
+    assert torch.equal(changed, wanted)
+
+
 @pytest.mark.parametrize(("family", "site"), MIXED)
 def test_cached_generation_equals_recomputation(make, family, site):
     spliced = make(family, site)
