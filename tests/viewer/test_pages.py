@@ -16,6 +16,7 @@ import pytest
 import topkapi.study
 from tests.viewer.browser import Window, chromium
 from tests.viewer.serving import served
+from topkapi.viewer.app import STATIC
 from topkapi.viewer.export import export
 
 ROWS = ".vt-body .vt-row:not([hidden])"
@@ -99,6 +100,12 @@ def shown(value):
     return f"{value:.3g}" if 1e-3 <= abs(value) < 1e5 else f"{value:.2e}".replace("e-0", "e-")
 
 
+def test_all_modules_are_fetched_at_once():
+    modules = {path.relative_to(STATIC).as_posix() for path in STATIC.rglob("*.js") if "vendor" not in path.parts}
+    named = re.findall('modulepreload" href="([^"]*)"', (STATIC / "index.html").read_text(encoding="utf-8"))
+    assert sorted(named) == sorted(modules - {"app.js", "theme.js"})
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_page_fits_three_widths_and_can_be_read_in_light_and_dark(context, address, busiest, scheme):
     window = Window(context, address)
@@ -148,10 +155,14 @@ def test_the_table_sorts_and_filters_as_the_study_does(window, study):
 
 
 def test_a_mistaken_query_is_told_and_nothing_is_lost(window):
+    told = "document.querySelector('.finder-error').textContent.includes('densty')"
     window.go("#/latents", ROWS)
     window.page.fill("[data-search]", "densty<1")
-    window.wait_for("document.querySelector('.finder-error').textContent.includes('densty')")
+    window.wait_for(told)
     assert rows(window)
+    window.page.reload()
+    window.page.wait_for_selector(ROWS)
+    window.wait_for(told)
 
 
 def test_a_brush_keeps_what_lies_in_it(window, study):
@@ -169,6 +180,11 @@ def test_a_brush_keeps_what_lies_in_it(window, study):
     assert 0 < len(inside) < study.n_latents
     assert set(rows(window)) <= set(inside)
     assert window.text(".shown-count").startswith(f"{len(inside)} of")
+    drawn = window.page.locator(".u-select").bounding_box()
+    window.page.reload()
+    window.page.wait_for_selector(".brushed .u-select")
+    again = window.page.locator(".u-select").bounding_box()
+    assert all(abs(again[side] - drawn[side]) < 2 for side in drawn)  # pixels
 
 
 def test_keys_alone_lead_from_the_table_to_a_latent_and_on(window):

@@ -16,7 +16,12 @@ import * as runs from "./pages/runs.js";
 
 // A page is {title(route), open(main, route, backend) -> {update(route), close(), keys}}.
 const PAGES = { latents, latent, prompt, global, runs };
-const NAV = [["latents", "Latents"], ["prompt", "Prompt"], ["global", "Global"], ["runs", "Runs"]];
+const NAV = [
+  ["latents", "Latents"],
+  ["prompt", "Prompt"],
+  ["global", "Global"],
+  ["runs", "Runs"],
+];
 const POLL = 1500; // milliseconds between questions about what is being loaded
 
 const main = document.getElementById("main");
@@ -45,17 +50,50 @@ async function start() {
 function drawBar() {
   const { about } = backend;
   const links = NAV.map(([name, text]) => h("a", { href: link(name), data: { page: name } }, text));
-  const theme = h("button", { class: "icon", type: "button", "aria-label": "Light or dark", data: { tip: "Light or dark" }, on: { click: () => { toggleTheme(); drawTheme(); } } });
+  const theme = h("button", {
+    class: "icon",
+    type: "button",
+    "aria-label": "Light or dark",
+    data: { tip: "Light or dark" },
+    on: {
+      click: () => {
+        toggleTheme();
+        drawTheme();
+      },
+    },
+  });
   const drawTheme = () => fill(theme, isDark() ? "☀" : "☾");
   drawTheme();
   const state = h("span", { class: "model-state", id: "model-state" });
-  const facts = `${about.site} of ${shortName(about.language_model)} · ${count(about.n_latents)} latents, k = ${about.k}`;
-  fill(document.getElementById("bar"), h("div", { class: "bar-in" },
-    h("a", { class: "brand", href: link("latents") }, h("img", { src: "icon.svg", alt: "" }), "Topkapi"),
-    h("div", { class: "run-name" }, h("b", {}, about.name), h("span", { title: facts }, facts)),
-    h("nav", { "aria-label": "Pages" }, links),
-    h("div", { class: "bar-tools" }, state, theme,
-      h("button", { class: "icon", type: "button", "aria-label": "Help and keys", data: { tip: "Help and keys: ?" }, on: { click: showHelp } }, "?"))));
+  const facts =
+    `${about.site} of ${shortName(about.language_model)} · ${count(about.n_latents)} latents, k = ` + `${about.k}`;
+  fill(
+    document.getElementById("bar"),
+    h(
+      "div",
+      { class: "bar-in" },
+      h("a", { class: "brand", href: link("latents") }, h("img", { src: "icon.svg", alt: "" }), "Topkapi"),
+      h("div", { class: "run-name" }, h("b", {}, about.name), h("span", { title: facts }, facts)),
+      h("nav", { "aria-label": "Pages" }, links),
+      h(
+        "div",
+        { class: "bar-tools" },
+        state,
+        theme,
+        h(
+          "button",
+          {
+            class: "icon",
+            type: "button",
+            "aria-label": "Help and keys",
+            data: { tip: "Help and keys: ?" },
+            on: { click: showHelp },
+          },
+          "?",
+        ),
+      ),
+    ),
+  );
   drawModelState();
 }
 
@@ -63,8 +101,14 @@ const shortName = (name = "") => name.replace(/^pip:/, "").split("/").slice(-1)[
 
 function drawModelState() {
   const { about } = backend;
-  const state = about.static ? "export" : about.model?.state ?? "off";
-  const said = { ready: "model ready", loading: "loading model", failed: "model failed", off: "model off", export: "export" }[state];
+  const state = about.static ? "export" : (about.model?.state ?? "off");
+  const said = {
+    ready: "model ready",
+    loading: "loading model",
+    failed: "model failed",
+    off: "model off",
+    export: "export",
+  }[state];
   const place = document.getElementById("model-state");
   place.className = `model-state ${state}`;
   place.textContent = said;

@@ -90,10 +90,11 @@ export async function openBackend() {
 
 function once(ask) {
   let asked;
-  return () => (asked ??= ask().catch((failure) => {
-    asked = undefined;
-    throw failure;
-  }));
+  return () =>
+    (asked ??= ask().catch((failure) => {
+      asked = undefined;
+      throw failure;
+    }));
 }
 
 async function request(url, options) {

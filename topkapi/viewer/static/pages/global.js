@@ -9,7 +9,13 @@ import { link, note, parse } from "../router.js";
 export const title = () => "Global";
 
 const SERIES = {
-  normalized_mse: "normalized MSE", auxk: "AuxK loss", l1: "L1 penalty", l0: "L0", dead_fraction: "dead share", lr: "learning rate", tokens_per_second: "tokens per second",
+  normalized_mse: "normalized MSE",
+  auxk: "AuxK loss",
+  l1: "L1 penalty",
+  l0: "L0",
+  dead_fraction: "dead share",
+  lr: "learning rate",
+  tokens_per_second: "tokens per second",
 };
 const MEASURED = {
   normalized_mse: ["Normalized MSE", "Error over that of predicting the mean: 0 is perfect, 1 is the mean."],
@@ -28,10 +34,13 @@ export function open(main, route, backend) {
   const charts = [];
   const page = { closed: false, state: route.query };
   fill(main, h("p", { class: "state" }, "Counting …"));
-  backend.global().then((found) => {
-    if (page.closed) return;
-    draw(main, found, page, charts, backend);
-  }, (failure) => page.closed || fill(main, failureNote(failure)));
+  backend.global().then(
+    (found) => {
+      if (page.closed) return;
+      draw(main, found, page, charts, backend);
+    },
+    (failure) => page.closed || fill(main, failureNote(failure)),
+  );
   return {
     update: (next) => {
       page.state = next.query;
@@ -47,16 +56,31 @@ export function open(main, route, backend) {
 function draw(main, found, page, charts, backend) {
   const { about } = backend;
   const later = []; // charts need their width: drawn once they are on the page
-  fill(main,
-    h("div", { class: "page-head" }, h("h1", {}, "The dictionary"), h("span", { class: "sub" }, `${count(about.n_latents)} latents on ${count(about.study.n_tokens)} tokens of the ${about.study.split.replaceAll("_", "-")} split`)),
+  fill(
+    main,
+    h(
+      "div",
+      { class: "page-head" },
+      h("h1", {}, "The dictionary"),
+      h(
+        "span",
+        { class: "sub" },
+        `${count(about.n_latents)} latents on ${count(about.study.n_tokens)} tokens of the ` +
+          `${about.study.split.replaceAll("_", "-")} split`,
+      ),
+    ),
     figures(found),
-    h("div", { class: "grid" },
+    h(
+      "div",
+      { class: "grid" },
       distributionCard("Density", "density", found.density, later, "Share of tokens on which a latent fires."),
       distributionCard("Importance", "importance", found.importance, later, "Mean squared value over all tokens."),
       trainingCard(found.training, page, later),
       cumulativeCard(found.cumulative, later),
       evaluationCard(found.evaluation),
-      h("div", { class: "stack" }, alignmentCard(found.alignment, later), denseCard(found.dense))));
+      h("div", { class: "stack" }, alignmentCard(found.alignment, later), denseCard(found.dense)),
+    ),
+  );
   for (const make of later) {
     const chart = make();
     if (chart) charts.push(chart);
@@ -71,7 +95,13 @@ function figures({ density, dense, evaluation }) {
     ["Never fired", count(density.n_dead), "in the study"],
     ["Dense mass", percent(dense.mass), `of the ${count(dense.d_model)} densest`],
   ];
-  return h("dl", { class: "figures" }, entries.map(([name, value, sub]) => h("div", {}, h("dt", {}, name), h("dd", {}, value), h("dd", { class: "sub" }, sub))));
+  return h(
+    "dl",
+    { class: "figures" },
+    entries.map(([name, value, sub]) =>
+      h("div", {}, h("dt", {}, name), h("dd", {}, value), h("dd", { class: "sub" }, sub)),
+    ),
+  );
 }
 
 function distributionCard(name, what, found, later, info) {
@@ -81,23 +111,65 @@ function distributionCard(name, what, found, later, info) {
   const said = h("div", { class: "small" });
   if (fits) {
     const { gaussian, laplace } = fits;
-    const better = { gaussian: "A Gaussian fits better", laplace: "A Laplace distribution fits better" }[found.better] ?? "Neither fits clearly better";
+    const better =
+      { gaussian: "A Gaussian fits better", laplace: "A Laplace distribution fits better" }[found.better] ??
+      "Neither fits clearly better";
     const each = (fit) => `at ${powerOf(fit.location)}, scale ${number(fit.scale)} decades`;
-    said.append(h("p", {}, h("b", {}, better), `: log-likelihood ratio ${number(found.log_likelihood_ratio)}`, found.log_likelihood_ratio_interval ? ` ${interval(found.log_likelihood_ratio_interval)}` : "", found.p === undefined ? "." : `, p ${found.p < 0.001 ? "< 0.001" : `= ${number(found.p, 2)}`}.`),
-      h("p", {}, `Gaussian ${each(gaussian)}; Laplace ${each(laplace)}. ${found.n_dead === 1 ? "1 latent" : `${count(found.n_dead)} latents`} never fired and ${found.n_dead === 1 ? "is" : "are"} left out.`));
+    said.append(
+      h(
+        "p",
+        {},
+        h("b", {}, better),
+        `: log-likelihood ratio ${number(found.log_likelihood_ratio)}`,
+        found.log_likelihood_ratio_interval ? ` ${interval(found.log_likelihood_ratio_interval)}` : "",
+        found.p === undefined ? "." : `, p ${found.p < 0.001 ? "< 0.001" : `= ${number(found.p, 2)}`}.`,
+      ),
+      h(
+        "p",
+        {},
+        `Gaussian ${each(gaussian)}; Laplace ${each(laplace)}. `,
+        found.n_dead === 1 ? "1 latent never fired and is" : `${count(found.n_dead)} latents never fired and are`,
+        " left out.",
+      ),
+    );
   } else said.append(h("p", {}, `Nothing is fitted: ${found.why ?? "too few latents fired"}.`));
-  later.push(() => histogram(host, {
-    edges: found.edges, counts: found.counts, height: 230, what: "latents", x: { log: true, title: `${what}` },
-    label: `Histogram of ${what} over latents, logarithmic${fits ? ", with a fitted Gaussian and a fitted Laplace distribution" : ""}. The numbers are in the table below.`,
-    colour: (_, paint) => paint.faint, curves: fits ? [fits.gaussian.curve, fits.laplace.curve] : [],
-    over: (pen) => {
-      if (!fits) return;
-      pen.line(found.edges, fits.gaussian.curve, pen.paint.accent, { width: 2 });
-      pen.line(found.edges, fits.laplace.curve, pen.paint.second, { width: 2, dash: [5, 4] });
+  later.push(() =>
+    histogram(host, {
+      edges: found.edges,
+      counts: found.counts,
+      height: 230,
+      what: "latents",
+      x: { log: true, title: `${what}` },
+      label:
+        `Histogram of ${what} over latents, logarithmic${fits ? ", with a Gaussian and a Laplace distribution fitted" : ""}. ` +
+        "The numbers are in the table below.",
+      colour: (_, paint) => paint.faint,
+      curves: fits ? [fits.gaussian.curve, fits.laplace.curve] : [],
+      over: (pen) => {
+        if (!fits) return;
+        pen.line(found.edges, fits.gaussian.curve, pen.paint.accent, { width: 2 });
+        pen.line(found.edges, fits.laplace.curve, pen.paint.second, { width: 2, dash: [5, 4] });
+      },
+    }),
+  );
+  return card(
+    `${name} of latents`,
+    {
+      info,
+      beside:
+        fits &&
+        legend([
+          ["accent", "Gaussian"],
+          ["second", "Laplace", true],
+        ]),
     },
-  }));
-  return card(`${name} of latents`, { info, beside: fits && legend([["accent", "Gaussian"], ["second", "Laplace", true]]) }, host, said,
-    numbersTable([what, "latents"], found.counts.map((n, i) => [`${powerOf(found.edges[i])} to ${powerOf(found.edges[i + 1])}`, count(n)])));
+    host,
+    said,
+    numbersTable(
+      [what, "latents"],
+      found.counts.map((n, i) => [`${powerOf(found.edges[i])} to ${powerOf(found.edges[i + 1])}`, count(n)]),
+    ),
+  );
 }
 
 const powerOf = (power) => number(10 ** power);
@@ -107,17 +179,32 @@ function cumulativeCard({ share_of_latents: latents, share_of_importance: import
   const host = h("div", {});
   const at = (share) => importance[latents.findIndex((of) => of >= share)];
   const logs = latents.map((share) => Math.log10(share));
-  later.push(() => new Chart(host, {
-    height: 230, label: `Share of all importance that the most important latents have together: ${percent(at(0.01))} for the first 1 %, ${percent(at(0.1))} for the first 10 %.`,
-    x: { range: [logs[1], 0], log: true, title: "share of latents, most important first", format: shareOf }, y: { range: [0, 1.02], title: "share of importance", format: (share) => percent(share, 2) },
-    draw: (pen) => pen.line(logs, importance, pen.paint.accent, { width: 2 }),
-    hover: (left, top, pen) => {
-      const x = pen.u.posToVal(left, "x");
-      const i = logs.findIndex((log) => log >= x);
-      return i < 0 ? null : { x: logs[i], y: importance[i], lines: [`the first ${percent(latents[i])} of latents`, `${percent(importance[i])} of importance`] };
-    },
-  }));
-  const rows = [0.001, 0.01, 0.1, 0.5].filter((share) => share >= latents[1]).map((share) => [percent(share), percent(at(share))]);
+  later.push(
+    () =>
+      new Chart(host, {
+        height: 230,
+        label:
+          `Share of all importance that the most important latents have together: ${percent(at(0.01))} for ` +
+          `the first 1 %, ${percent(at(0.1))} for the first 10 %.`,
+        x: { range: [logs[1], 0], log: true, title: "share of latents, most important first", format: shareOf },
+        y: { range: [0, 1.02], title: "share of importance", format: (share) => percent(share, 2) },
+        draw: (pen) => pen.line(logs, importance, pen.paint.accent, { width: 2 }),
+        hover: (left, top, pen) => {
+          const x = pen.u.posToVal(left, "x");
+          const i = logs.findIndex((log) => log >= x);
+          return i < 0
+            ? null
+            : {
+                x: logs[i],
+                y: importance[i],
+                lines: [`the first ${percent(latents[i])} of latents`, `${percent(importance[i])} of importance`],
+              };
+        },
+      }),
+  );
+  const rows = [0.001, 0.01, 0.1, 0.5]
+    .filter((share) => share >= latents[1])
+    .map((share) => [percent(share), percent(at(share))]);
   return card("Cumulative importance", {}, host, numbersTable(["latents", "importance"], rows));
 }
 
@@ -127,9 +214,27 @@ function alignmentCard(all, later) {
   const { edges, counts } = occupied(all);
   const host = h("div", {});
   const middle = median(edges, counts);
-  later.push(() => histogram(host, { edges, counts, height: 170, what: "latents", x: { title: "cosine of encoder and decoder row" }, label: `Histogram of the alignment of encoder and decoder, median about ${number(middle)}. The numbers are in the table below.` }));
-  return card("Alignment", { info: "The cosine of a latent's encoder row and its decoder row." }, host,
-    numbersTable(["cosine", "latents"], counts.map((n, i) => [`${number(edges[i])} to ${number(edges[i + 1])}`, count(n)]).filter((_, i) => counts[i])));
+  later.push(() =>
+    histogram(host, {
+      edges,
+      counts,
+      height: 170,
+      what: "latents",
+      x: { title: "cosine of encoder and decoder row" },
+      label:
+        `Histogram of the alignment of encoder and decoder, median about ${number(middle)}. The numbers ` +
+        "are in the table below.",
+    }),
+  );
+  return card(
+    "Alignment",
+    { info: "The cosine of a latent's encoder row and its decoder row." },
+    host,
+    numbersTable(
+      ["cosine", "latents"],
+      counts.map((n, i) => [`${number(edges[i])} to ${number(edges[i + 1])}`, count(n)]).filter((_, i) => counts[i]),
+    ),
+  );
 }
 
 /** The bins in use, and two more on each side. */
@@ -148,23 +253,49 @@ function median(edges, counts) {
 
 function denseCard(dense) {
   const rows = [
-    ["Dense measure", number(dense.measure), `Mean density of the ${count(dense.d_model)} densest latents over L0. It lies in ${interval(dense.bounds)}.`],
-    ["Dense mass", percent(dense.mass), `Share of all firings that these carry. It lies in ${interval([dense.d_model * dense.bounds[0], dense.d_model * dense.bounds[1]])}.`],
-    ...Object.entries(dense.n_dense ?? {}).map(([bound, n]) => [`Denser than ${bound}`, count(n), "Latents that fire on more than this share of tokens."]),
+    [
+      "Dense measure",
+      number(dense.measure),
+      `Mean density of the ${count(dense.d_model)} densest latents over L0. It lies in ${interval(dense.bounds)}.`,
+    ],
+    [
+      "Dense mass",
+      percent(dense.mass),
+      `Share of all firings that these carry. It lies in ${interval(dense.bounds.map((bound) => dense.d_model * bound))}.`,
+    ],
+    ...Object.entries(dense.n_dense ?? {}).map(([bound, n]) => [
+      `Denser than ${bound}`,
+      count(n),
+      "Latents that fire on more than this share of tokens.",
+    ]),
   ];
   return card("Dense latents", {}, rowsTable(rows));
 }
 
 function rowsTable(rows) {
-  return h("table", {}, h("tbody", {}, rows.map(([name, value, tip]) => h("tr", {}, h("td", {}, tip ? term(name, tip) : name), h("td", {}, value)))));
+  return h(
+    "table",
+    {},
+    h(
+      "tbody",
+      {},
+      rows.map(([name, value, tip]) => h("tr", {}, h("td", {}, tip ? term(name, tip) : name), h("td", {}, value))),
+    ),
+  );
 }
 
 function evaluationCard(evaluation) {
-  if (!evaluation) return card("Evaluation", {}, stateNote("quiet", "Not evaluated yet.", null, h("p", {}, h("code", {}, "topkapi eval RUN"))));
+  if (!evaluation)
+    return card(
+      "Evaluation",
+      {},
+      stateNote("quiet", "Not evaluated yet.", null, h("p", {}, h("code", {}, "topkapi eval RUN"))),
+    );
   const rows = Object.entries(evaluation).flatMap(([name, value]) => {
     const [text, tip, write = number] = MEASURED[name] ?? [name.replaceAll("_", " "), null];
     if (typeof value === "number") return [[text, write(value), tip]];
-    if (value && typeof value === "object" && typeof value.value === "number") return [[text, `${write(value.value)} ${Array.isArray(value.interval) ? interval(value.interval) : ""}`, tip]];
+    if (value && typeof value === "object" && typeof value.value === "number")
+      return [[text, `${write(value.value)} ${Array.isArray(value.interval) ? interval(value.interval) : ""}`, tip]];
     return [];
   });
   return card("Evaluation", {}, rowsTable(rows));
@@ -173,10 +304,23 @@ function evaluationCard(evaluation) {
 function trainingCard(training, page, later) {
   const { tokens, series } = training;
   const names = Object.keys(series).filter((name) => series[name].some((value) => value !== null));
-  if (!tokens.length || !names.length) return card("Training", {}, stateNote("quiet", "No training curves.", "metrics.jsonl is missing or empty."));
+  if (!tokens.length || !names.length)
+    return card("Training", {}, stateNote("quiet", "No training curves.", "metrics.jsonl is missing or empty."));
   const host = h("div", {});
-  const select = h("select", { "aria-label": "Which series" }, names.map((name) => h("option", { value: name }, SERIES[name] ?? name.replaceAll("_", " "))));
-  const scale = segmented("Scale", [["log", "Log"], ["linear", "Linear"]], "log", (y) => change({ y: y === "log" ? "" : y }));
+  const select = h(
+    "select",
+    { "aria-label": "Which series" },
+    names.map((name) => h("option", { value: name }, SERIES[name] ?? name.replaceAll("_", " "))),
+  );
+  const scale = segmented(
+    "Scale",
+    [
+      ["log", "Log"],
+      ["linear", "Linear"],
+    ],
+    "log",
+    (y) => change({ y: y === "log" ? "" : y }),
+  );
   let chart = null;
   const change = (state) => {
     const hash = link("global", "", { ...page.state, ...state });
@@ -202,8 +346,15 @@ function trainingCard(training, page, later) {
     return { close: () => chart.close() };
   });
   const lastOf = (name) => series[name].findLast((value) => value !== null);
-  return card("Training", { beside: h("div", { class: "beside" }, select, scale) }, host,
-    numbersTable(["series", `after ${count(tokens.at(-1))} tokens`], names.map((name) => [SERIES[name] ?? name, number(lastOf(name))])));
+  return card(
+    "Training",
+    { beside: h("div", { class: "beside" }, select, scale) },
+    host,
+    numbersTable(
+      ["series", `after ${count(tokens.at(-1))} tokens`],
+      names.map((name) => [SERIES[name] ?? name, number(lastOf(name))]),
+    ),
+  );
 }
 
 function seriesChart(host, tokens, values, name, log) {
@@ -213,15 +364,26 @@ function seriesChart(host, tokens, values, name, log) {
   if (low === high) [low, high] = [low - (Math.abs(low) || 1) * 0.1, high + (Math.abs(high) || 1) * 0.1];
   const room = 0.06 * (high - low);
   return new Chart(host, {
-    height: 230, label: `${name} while training, over ${count(tokens.at(-1))} tokens; last ${number(values.at(-1))}.`,
-    x: { range: [0, tokens.at(-1)], title: "tokens", format: millions }, y: { range: [low - room, high + room], log, title: name },
+    height: 230,
+    label: `${name} while training, over ${count(tokens.at(-1))} tokens; last ${number(values.at(-1))}.`,
+    x: { range: [0, tokens.at(-1)], title: "tokens", format: millions },
+    y: { range: [low - room, high + room], log, title: name },
     draw: (pen) => pen.line(tokens, ys, pen.paint.accent, { width: 1.75 }),
     hover: (left, top, pen) => {
       const x = pen.u.posToVal(left, "x");
       const i = tokens.findIndex((at) => at >= x);
-      return i < 0 || !Number.isFinite(ys[i]) ? null : { x: tokens[i], y: ys[i], lines: [`${number(values[i])}`, `after ${count(tokens[i])} tokens`] };
+      return i < 0 || !Number.isFinite(ys[i])
+        ? null
+        : { x: tokens[i], y: ys[i], lines: [`${number(values[i])}`, `after ${count(tokens[i])} tokens`] };
     },
   });
 }
 
-const millions = (tokens) => (tokens >= 1e9 ? `${tick(tokens / 1e9)}B` : tokens >= 1e6 ? `${tick(tokens / 1e6)}M` : tokens >= 1e3 ? `${Math.round(tokens / 1e3)}k` : String(tokens));
+const millions = (tokens) =>
+  tokens >= 1e9
+    ? `${tick(tokens / 1e9)}B`
+    : tokens >= 1e6
+      ? `${tick(tokens / 1e6)}M`
+      : tokens >= 1e3
+        ? `${Math.round(tokens / 1e3)}k`
+        : String(tokens);

@@ -1,18 +1,23 @@
 // One latent: its numbers, how its values are distributed, the text it fires on, what it does, what is beside it.
 
+import { neighboursCard, positionsCard, votesCard } from "../parts/beside.js";
 import { histogram, numbersTable } from "../parts/chart.js";
 import { card, fill, freshId, h, segmented, stateNote, term } from "../parts/dom.js";
 import { exampleGroups } from "../parts/examples.js";
-import { GAP, count, interval, number, percent, signed } from "../parts/format.js";
-import { labelSaved, theIndex } from "../parts/store.js";
-import { tokenLabel } from "../parts/tokens.js";
+import { GAP, count, interval, number, percent } from "../parts/format.js";
+import { labelCard } from "../parts/label.js";
+import { labelSaved } from "../parts/store.js";
 import { failureNote, modelNote } from "../parts/work.js";
 import { go, link, parse } from "../router.js";
 
-const TABS = [["top", "Top"], ["random", "Random"], ["quantile", "Quantiles"], ["near", "Near misses"]];
+const TABS = [
+  ["top", "Top"],
+  ["random", "Random"],
+  ["quantile", "Quantiles"],
+  ["near", "Near misses"],
+];
 const FIRST = { top: 10, random: 10, quantile: 3, near: 10 };
 const MOST = 100; // examples that can be asked for
-const SAVE_AFTER = 700; // milliseconds of quiet before a label is saved
 const DEFAULTS = { tab: "top", seed: "0", low: "", high: "", counts: "linear", breaks: "", n: "" };
 
 export const title = (route) => `Latent ${route.id}`;
@@ -28,7 +33,7 @@ class LatentPage {
     Object.assign(this, { main, i, backend, closed: false, charts: [], asked: 0 });
     this.onAbout = ({ detail: { before, now } }) => {
       if (before.model?.state !== now.model?.state && this.latent) {
-        this.drawVotes();
+        this.votes?.draw();
         this.loadExamples();
       }
     };
@@ -38,8 +43,16 @@ class LatentPage {
   async start(route) {
     const { n_latents: n } = this.backend.about;
     if (!/^\d+$/.test(route.id) || this.i >= n) {
-      fill(this.main, h("h1", {}, "No such latent"), stateNote("quiet", `There is no latent “${route.id}”.`, `This autoencoder has latents 0 to ${n - 1}.`,
-        h("p", {}, h("a", { href: link("latents") }, "All latents"))));
+      fill(
+        this.main,
+        h("h1", {}, "No such latent"),
+        stateNote(
+          "quiet",
+          `There is no latent “${route.id}”.`,
+          `This autoencoder has latents 0 to ${n - 1}.`,
+          h("p", {}, h("a", { href: link("latents") }, "All latents")),
+        ),
+      );
       return;
     }
     this.drawHead(null);
@@ -64,16 +77,47 @@ class LatentPage {
     const step = (by, text, key) => {
       const to = this.i + by;
       const inside = to >= 0 && to < n;
-      return inside ? h("a", { class: "button", href: link("latent", to, this.carried()), "aria-label": `${text} latent`, data: { tip: `${text} latent: ${key}` } }, by < 0 ? "←" : "→")
+      return inside
+        ? h(
+            "a",
+            {
+              class: "button",
+              href: link("latent", to, this.carried()),
+              "aria-label": `${text} latent`,
+              data: { tip: `${text} latent: ${key}` },
+            },
+            by < 0 ? "←" : "→",
+          )
         : h("button", { type: "button", disabled: true, "aria-label": `${text} latent` }, by < 0 ? "←" : "→");
     };
-    const jump = h("input", { class: "jump", type: "number", min: 0, max: n - 1, placeholder: "number", "aria-label": "Jump to latent",
-      on: { keydown: (event) => event.key === "Enter" && jump.value !== "" && go(link("latent", Math.max(0, Math.min(n - 1, Math.floor(Number(jump.value)))))) } });
+    const jump = h("input", {
+      class: "jump",
+      type: "number",
+      min: 0,
+      max: n - 1,
+      placeholder: "number",
+      "aria-label": "Jump to latent",
+      on: {
+        keydown: (event) =>
+          event.key === "Enter" &&
+          jump.value !== "" &&
+          go(link("latent", Math.max(0, Math.min(n - 1, Math.floor(Number(jump.value)))))),
+      },
+    });
     this.given = h("span", { class: "given" }, label?.label ?? "");
-    const head = h("div", { class: "latent-head" },
+    const head = h(
+      "div",
+      { class: "latent-head" },
       h("div", { class: "latent-name" }, h("h1", {}, `Latent ${this.i}`), this.given),
-      h("div", { class: "latent-tools" }, step(-1, "Previous", "k"), jump, step(1, "Next", "j"),
-        h("a", { class: "button", href: link("prompt", "", { edits: `${this.i}:2:m:all` }) }, "Steer with this latent")));
+      h(
+        "div",
+        { class: "latent-tools" },
+        step(-1, "Previous", "k"),
+        jump,
+        step(1, "Next", "j"),
+        h("a", { class: "button", href: link("prompt", "", { edits: `${this.i}:2:m:all` }) }, "Steer with this latent"),
+      ),
+    );
     if (this.head) this.head.replaceWith(head);
     else fill(this.main, head);
     this.head = head;
@@ -86,44 +130,115 @@ class LatentPage {
   }
 
   drawBody() {
-    const { latent } = this;
-    if (latent.n_fired === 0) {
-      fill(this.body, this.figures(), h("div", { class: "latent-grid" },
-        h("section", { class: "card examples", "aria-label": "Examples" }, stateNote("quiet", "This latent never fired.",
-          `Not on one of the ${count(latent.n_tokens)} tokens studied: it has no values, no examples, no histogram.`)),
-        h("div", { class: "side stack" }, this.labelCard(), this.votesCard(), this.neighboursCard())));
-      return;
-    }
-    fill(this.body, this.figures(), h("div", { class: "latent-grid" },
-      this.examplesCard(), this.histogramCard(),
-      h("div", { class: "side stack" }, this.labelCard(), this.votesCard(), this.neighboursCard(), this.positionsCard())));
+    const { backend, i, latent } = this;
+    const fired = latent.n_fired > 0;
+    this.votes = votesCard(backend, i);
+    this.label = labelCard(backend, i, latent.label, (said) => {
+      latent.label = said;
+      labelSaved(i, said);
+      this.given.textContent = said.label;
+    });
+    const positions = fired ? positionsCard(latent.positions) : null;
+    const side = [this.label.element, this.votes.element, neighboursCard(backend, latent), positions?.element];
+    fill(
+      this.body,
+      this.figures(),
+      h(
+        "div",
+        { class: "latent-grid" },
+        fired ? [this.examplesCard(), this.histogramCard()] : this.neverFired(),
+        h("div", { class: "side stack" }, side),
+      ),
+    );
+    if (positions) this.charts.push(positions.draw());
+  }
+
+  neverFired() {
+    const text =
+      `Not on one of the ${count(this.latent.n_tokens)} tokens studied: no values, no examples, no ` + "histogram.";
+    const note = stateNote("quiet", "This latent never fired.", text);
+    return h("section", { class: "card examples", "aria-label": "Examples" }, note);
   }
 
   figures() {
     const of = this.latent;
-    const quantiles = of.quantiles ? `5 %: ${number(of.quantiles["0.05"])} · 95 %: ${number(of.quantiles["0.95"])}` : "";
+    const quantiles = of.quantiles
+      ? `5 %: ${number(of.quantiles["0.05"])} · 95 %: ${number(of.quantiles["0.95"])}`
+      : "";
     const entries = [
-      ["Density", number(of.density), interval(of.density_interval), "Share of tokens on which it fires, with the 95 % interval of a Poisson count."],
-      ["Fired", count(of.n_fired), `of ${count(of.n_tokens)} tokens${of.is_sample ? "; a sample is kept" : ""}`, "Tokens on which its value is above 0."],
-      ["Importance", number(of.importance), of.importance_interval ? interval(of.importance_interval) : "no interval: few firings", "Mean squared value over all tokens, about what the error would grow by without it; with the 95 % interval."],
-      ["Mean", number(of.mean), of.quantiles ? `median ${number(of.quantiles["0.5"])}` : "", "Mean value of its firings."],
+      [
+        "Density",
+        number(of.density),
+        interval(of.density_interval),
+        "Share of tokens on which it fires, with the 95 % interval of a Poisson count.",
+      ],
+      [
+        "Fired",
+        count(of.n_fired),
+        `of ${count(of.n_tokens)} tokens${of.is_sample ? "; a sample is kept" : ""}`,
+        "Tokens on which its value is above 0.",
+      ],
+      [
+        "Importance",
+        number(of.importance),
+        of.importance_interval ? interval(of.importance_interval) : "no interval: few firings",
+        "Mean squared value over all tokens, about what the error would grow by without it; with the 95 % interval.",
+      ],
+      [
+        "Mean",
+        number(of.mean),
+        of.quantiles ? `median ${number(of.quantiles["0.5"])}` : "",
+        "Mean value of its firings.",
+      ],
       ["Maximum", number(of.maximum), quantiles, "Its largest value; quantiles of its firings below."],
-      ["Kurtosis", number(of.kurtosis), of.skewness === null ? "" : `skewness ${number(of.skewness)}`, "E[a⁴] / E[a²]² of its firings; skewness is E[a³] / E[a²]^1.5. Both about zero."],
+      [
+        "Kurtosis",
+        number(of.kurtosis),
+        of.skewness === null ? "" : `skewness ${number(of.skewness)}`,
+        "E[a⁴] / E[a²]² of its firings; skewness is E[a³] / E[a²]^1.5. Both about zero.",
+      ],
       ["Alignment", number(of.alignment), "encoder · decoder", "Cosine of its encoder and its decoder row."],
     ];
-    return h("dl", { class: "figures" }, entries.map(([name, value, sub, tip]) => h("div", { data: { figure: name.toLowerCase() } },
-      h("dt", {}, term(name, tip)), h("dd", {}, value === GAP ? h("span", { class: "dim", "aria-label": "never fired" }, GAP) : value), h("dd", { class: "sub", title: sub }, sub || "\u00a0"))));
+    return h(
+      "dl",
+      { class: "figures" },
+      entries.map(([name, value, sub, tip]) =>
+        h(
+          "div",
+          { data: { figure: name.toLowerCase() } },
+          h("dt", {}, term(name, tip)),
+          h("dd", {}, value === GAP ? h("span", { class: "dim", "aria-label": "never fired" }, GAP) : value),
+          h("dd", { class: "sub", title: sub }, sub || "\u00a0"),
+        ),
+      ),
+    );
   }
 
   // ---- the histogram ----
 
   histogramCard() {
     this.histHost = h("div", {});
-    this.histSwitch = segmented("Counts", [["linear", "Linear"], ["log", "Log"]], "linear", (counts) => this.change({ counts }));
+    this.histSwitch = segmented(
+      "Counts",
+      [
+        ["linear", "Linear"],
+        ["log", "Log"],
+      ],
+      "linear",
+      (counts) => this.change({ counts }),
+    );
     this.histNote = h("p", { class: "small" });
     const { edges, counts } = this.latent.histogram;
-    const rows = counts.map((n, i) => [`${number(edges[i])} to ${number(edges[i + 1])}`, count(n)]).filter((_, i) => counts[i]);
-    return card("Values of its firings", { className: "hist", beside: this.histSwitch }, this.histHost, this.histNote, numbersTable(["value", "firings"], rows));
+    const rows = counts
+      .map((n, i) => [`${number(edges[i])} to ${number(edges[i + 1])}`, count(n)])
+      .filter((_, i) => counts[i]);
+    return card(
+      "Values of its firings",
+      { className: "hist", beside: this.histSwitch },
+      this.histHost,
+      this.histNote,
+      numbersTable(["value", "firings"], rows),
+    );
   }
 
   drawHistogram() {
@@ -134,14 +249,29 @@ class LatentPage {
     this.hist?.close();
     this.histHost.replaceChildren();
     this.hist = histogram(this.histHost, {
-      edges, counts, logCounts: state.counts === "log", height: 210, what: "firings", room: latent.modes.length > 1 ? 1.2 : undefined, x: { title: "value" },
-      label: `Histogram of ${count(latent.n_fired)} firings from 0 to ${number(latent.maximum)}, with ${latent.modes.length} ${latent.modes.length === 1 ? "mode" : "modes"}. The numbers are in the table below.`,
+      edges,
+      counts,
+      logCounts: state.counts === "log",
+      height: 210,
+      what: "firings",
+      room: latent.modes.length > 1 ? 1.2 : undefined,
+      x: { title: "value" },
+      label:
+        `Histogram of ${count(latent.n_fired)} firings from 0 to ${number(latent.maximum)}, with ` +
+        `${latent.modes.length} ${latent.modes.length === 1 ? "mode" : "modes"}. The numbers are in the ` +
+        "table below.",
       colour: (i, paint) => (range && (edges[i + 1] <= range[0] || edges[i] >= range[1]) ? paint.faint : paint.accent),
       overlay: (u) => this.drawModes(u),
     });
     const { modes, dip } = latent;
-    const shares = modes.length > 1 ? `${modes.length} modes: click one to see its examples alone.` : modes.length === 1 ? "One mode." : "Too few firings to count modes.";
-    this.histNote.textContent = `${shares}${dip ? ` Dip test against one mode: p ${dip.p < 0.001 ? "< 0.001" : `= ${number(dip.p, 2)}`}.` : ""}`;
+    const shares =
+      modes.length > 1
+        ? `${modes.length} modes: click one to see its examples alone.`
+        : modes.length === 1
+          ? "One mode."
+          : "Too few firings to count modes.";
+    const p = dip && (dip.p < 0.001 ? "< 0.001" : `= ${number(dip.p, 2)}`);
+    this.histNote.textContent = dip ? `${shares} Dip test against one mode: p ${p}.` : shares;
   }
 
   drawModes(u) {
@@ -152,11 +282,33 @@ class LatentPage {
       const left = Math.max(0, u.valToPos(mode.low, "x"));
       const right = Math.min(u.over.clientWidth, u.valToPos(mode.high, "x"));
       const chosen = this.range && this.range[0] === mode.low && this.range[1] === mode.high;
-      const said = `Mode ${m + 1}: ${number(mode.low)} to ${number(mode.high)}, peak at ${number(mode.peak)}, ${percent(mode.share, 2)} of firings`;
-      const button = h("button", { class: "mode", type: "button", "aria-label": said, "aria-pressed": String(Boolean(chosen)), data: { tip: said }, on: {
-        click: () => this.change(chosen ? { low: "", high: "", n: "" } : { low: String(mode.low), high: String(mode.high), n: "" }) },
-        style: { left: `${left}px`, width: `${Math.max(6, right - left)}px` } },
-        right - left > 34 ? h("span", { "aria-hidden": "true" }, right - left > 86 ? `mode ${m + 1} · ${percent(mode.share, 2)}` : percent(mode.share, 2)) : null);
+      const said =
+        `Mode ${m + 1}: ${number(mode.low)} to ${number(mode.high)}, peak at ${number(mode.peak)}, ` +
+        `${percent(mode.share, 2)} of firings`;
+      const button = h(
+        "button",
+        {
+          class: "mode",
+          type: "button",
+          "aria-label": said,
+          "aria-pressed": String(Boolean(chosen)),
+          data: { tip: said },
+          on: {
+            click: () =>
+              this.change(
+                chosen ? { low: "", high: "", n: "" } : { low: String(mode.low), high: String(mode.high), n: "" },
+              ),
+          },
+          style: { left: `${left}px`, width: `${Math.max(6, right - left)}px` },
+        },
+        right - left > 34
+          ? h(
+              "span",
+              { "aria-hidden": "true" },
+              right - left > 86 ? `mode ${m + 1} · ${percent(mode.share, 2)}` : percent(mode.share, 2),
+            )
+          : null,
+      );
       u.over.append(button);
     });
   }
@@ -169,16 +321,50 @@ class LatentPage {
   // ---- the examples ----
 
   examplesCard() {
-    this.tabs = h("div", { class: "tabs", role: "tablist", "aria-label": "Which examples", on: { keydown: (event) => this.tabKey(event) } },
-      TABS.map(([name, text]) => h("button", { role: "tab", type: "button", id: `tab-${name}`, "aria-controls": "examples-list", value: name, on: { click: () => this.change({ tab: name, n: "" }) } }, text)));
-    const breaks = h("input", { type: "checkbox", id: freshId("breaks"), on: { change: () => this.change({ breaks: breaks.checked ? "1" : "" }) } });
+    this.tabs = h(
+      "div",
+      {
+        class: "tabs",
+        role: "tablist",
+        "aria-label": "Which examples",
+        on: { keydown: (event) => this.tabKey(event) },
+      },
+      TABS.map(([name, text]) =>
+        h(
+          "button",
+          {
+            role: "tab",
+            type: "button",
+            id: `tab-${name}`,
+            "aria-controls": "examples-list",
+            value: name,
+            on: { click: () => this.change({ tab: name, n: "" }) },
+          },
+          text,
+        ),
+      ),
+    );
+    const breaks = h("input", {
+      type: "checkbox",
+      id: freshId("breaks"),
+      on: { change: () => this.change({ breaks: breaks.checked ? "1" : "" }) },
+    });
     this.breaks = breaks;
     this.exampleNote = h("div", { class: "examples-note" });
     this.list = h("div", { class: "examples-list", id: "examples-list", role: "tabpanel" });
-    return h("section", { class: "card examples", "aria-label": "Examples" },
+    return h(
+      "section",
+      { class: "card examples", "aria-label": "Examples" },
       h("h2", { class: "unseen" }, "Examples"),
-      h("div", { class: "examples-bar" }, this.tabs, h("div", { class: "beside" }, h("label", { class: "check", for: breaks.id }, breaks, "line breaks"))),
-      this.exampleNote, this.list);
+      h(
+        "div",
+        { class: "examples-bar" },
+        this.tabs,
+        h("div", { class: "beside" }, h("label", { class: "check", for: breaks.id }, breaks, "line breaks")),
+      ),
+      this.exampleNote,
+      this.list,
+    );
   }
 
   tabKey(event) {
@@ -211,15 +397,39 @@ class LatentPage {
   drawExamples({ groups, n_matching: matching }, n) {
     const { backend, latent, state } = this;
     const ready = !modelNote(backend);
-    const about = { latent: this.i, maximum: latent.maximum, backend, canAblate: ready, whyNot: backend.about.model?.state === "loading" ? "the model is being loaded" : "needs the model: topkapi view RUN" };
+    const about = {
+      latent: this.i,
+      maximum: latent.maximum,
+      backend,
+      canAblate: ready,
+      whyNot:
+        backend.about.model?.state === "loading" ? "the model is being loaded" : "needs the model: topkapi view RUN",
+    };
     const shown = groups.reduce((sum, group) => sum + group.examples.length, 0);
     this.drawNote(matching, shown);
     if (!shown) {
-      fill(this.list, stateNote("quiet", "No firing is in this range.", backend.isStatic ? "An export holds some examples of each latent; the viewer itself has all." : ""));
+      fill(
+        this.list,
+        stateNote(
+          "quiet",
+          "No firing is in this range.",
+          backend.isStatic ? "An export holds some examples of each latent; the viewer itself has all." : "",
+        ),
+      );
       return;
     }
     const grown = shown >= (state.tab === "quantile" ? n * groups.length : n) && n < MOST && !backend.isStatic;
-    const more = grown && h("p", { class: "state" }, h("button", { type: "button", on: { click: () => this.change({ n: String(Math.min(MOST, n * 2)) }) } }, "More examples"));
+    const more =
+      grown &&
+      h(
+        "p",
+        { class: "state" },
+        h(
+          "button",
+          { type: "button", on: { click: () => this.change({ n: String(Math.min(MOST, n * 2)) }) } },
+          "More examples",
+        ),
+      );
     fill(this.list, exampleGroups(groups, about), more);
   }
 
@@ -231,125 +441,41 @@ class LatentPage {
       quantile: "Drawn from each fifth of the firings by value.",
       near: "Its weakest firings: tokens on which it only just made it into the k largest.",
     }[state.tab];
-    const range = this.range && h("span", { class: "chip" }, `values ${number(this.range[0])} to ${number(this.range[1])}${matching === null ? "" : ` · ${count(matching)} firings`}`,
-      h("button", { type: "button", "aria-label": "Show all values", on: { click: () => this.change({ low: "", high: "", n: "" }) } }, "✕"));
+    const range =
+      this.range &&
+      h(
+        "span",
+        { class: "chip" },
+        `values ${number(this.range[0])} to ${number(this.range[1])}`,
+        matching === null ? "" : ` · ${count(matching)} firings`,
+        h(
+          "button",
+          {
+            type: "button",
+            "aria-label": "Show all values",
+            on: { click: () => this.change({ low: "", high: "", n: "" }) },
+          },
+          "✕",
+        ),
+      );
     const draws = ["random", "quantile"].includes(state.tab) && !this.backend.isStatic;
-    const redraw = draws && h("span", {}, `seed ${state.seed} `, h("button", { class: "quiet", type: "button", on: { click: () => this.change({ seed: String(Number(state.seed) + 1) }) } }, "Redraw"));
+    const redraw =
+      draws &&
+      h(
+        "span",
+        {},
+        `seed ${state.seed} `,
+        h(
+          "button",
+          {
+            class: "quiet",
+            type: "button",
+            on: { click: () => this.change({ seed: String(Number(state.seed) + 1) }) },
+          },
+          "Redraw",
+        ),
+      );
     fill(this.exampleNote, said, range, redraw, h("span", { class: "unseen" }, `${shown} shown`));
-  }
-
-  // ---- beside ----
-
-  labelCard() {
-    const { label: saved } = this.latent;
-    const isStatic = this.backend.isStatic;
-    const state = h("span", { class: "saved", role: "status" }, isStatic ? "An export cannot be changed." : saved ? "Saved" : "");
-    const label = h("input", { type: "text", id: "label", maxLength: 200, value: saved?.label ?? "", readOnly: isStatic, placeholder: isStatic ? "no label" : "a few words", autocomplete: "off" });
-    const note = h("textarea", { id: "note", rows: 2, maxLength: 10000, value: saved?.note ?? "", readOnly: isStatic, placeholder: isStatic ? "" : "what speaks for it, what against" });
-    if (!isStatic) this.saveOnChange(label, note, state);
-    return card("Label", { beside: state }, h("div", { class: "label-form" },
-      h("div", { class: "field" }, h("label", { for: "label" }, "Label"), label), h("div", { class: "field" }, h("label", { for: "note" }, "Note"), note)));
-  }
-
-  saveOnChange(label, note, state) {
-    let due;
-    const say = (text, failed = false) => {
-      state.textContent = text;
-      state.classList.toggle("failed", failed);
-    };
-    const save = async () => {
-      clearTimeout(due);
-      due = undefined;
-      const said = { label: label.value.trim(), note: note.value.trim() };
-      say("Saving …");
-      try {
-        await this.backend.saveLabel(this.i, said.label, said.note);
-        this.latent.label = said;
-        labelSaved(this.i, said);
-        this.given.textContent = said.label;
-        if (!due) say("Saved");
-      } catch (failure) {
-        say(`Not saved: ${failure.message}`, true);
-      }
-    };
-    this.saveNow = () => due && save();
-    for (const input of [label, note]) {
-      input.addEventListener("input", () => {
-        say("Not saved yet");
-        clearTimeout(due);
-        due = setTimeout(save, SAVE_AFTER);
-      });
-      input.addEventListener("change", () => due && save());
-    }
-    label.addEventListener("keydown", (event) => event.key === "Enter" && due && save());
-  }
-
-  votesCard() {
-    this.votesHost = h("div", {}, h("p", { class: "small" }, "Reading …"));
-    this.drawVotes();
-    return card("Votes", { info: "Which tokens its decoder row would make likelier or less likely if it went straight to the output, passing over the layers between. z: in standard deviations over the vocabulary." }, this.votesHost);
-  }
-
-  async drawVotes() {
-    const { votesHost, backend } = this;
-    if (!votesHost) return;
-    const blocked = !backend.isStatic && modelNote(backend);
-    if (blocked) {
-      fill(votesHost, blocked);
-      return;
-    }
-    try {
-      const found = await backend.votes(this.i);
-      if (!found) {
-        fill(votesHost, modelNote(backend));
-        return;
-      }
-      const list = (title, entries) => h("div", {}, h("h3", {}, title), h("ol", { class: "rank" }, entries.map((vote) => h("li", {},
-        h("span", { class: "what" }, tokenLabel(vote.text)), h("span", { class: "num", data: { tip: `logit ${signed(vote.logit)}, z ${signed(vote.z)}` } }, h("b", {}, signed(vote.z, 2)), " z")))));
-      if (!this.closed) fill(votesHost, h("div", { class: "two" }, list("For", found.up), list("Against", found.down)), found.caveat ? h("p", { class: "caveat" }, found.caveat) : null);
-    } catch (failure) {
-      if (!this.closed) fill(votesHost, failureNote(failure));
-    }
-  }
-
-  neighboursCard() {
-    const { nearest, coactive } = this.latent;
-    const host = h("ol", { class: "rank" });
-    const kinds = [["decoder", "Decoder"], ["encoder", "Encoder"], ["coactive", "Firing together"]];
-    const rows = {
-      decoder: () => nearest.decoder.map((one) => [one.latent, number(one.cosine), "cosine of the decoder rows"]),
-      encoder: () => nearest.encoder.map((one) => [one.latent, number(one.cosine), "cosine of the encoder rows"]),
-      coactive: () => coactive?.map((one) => [one.latent, number(one.jaccard), `fire both on ${count(one.n_both)} tokens: ${percent(one.given_this)} of this one's, ${percent(one.given_other)} of the other's; Jaccard ${number(one.jaccard)}`]),
-    };
-    const show = async (kind) => {
-      const found = rows[kind]();
-      if (!found) return fill(host, h("li", { class: "dim" }, "needs the complete code: this study keeps a sample"));
-      if (!found.length) return fill(host, h("li", { class: "dim" }, "none"));
-      fill(host, found.map(([other, value, tip]) => h("li", { data: { tip } },
-        h("span", { class: "what" }, h("a", { href: link("latent", other) }, String(other)), h("span", { class: "label dim", data: { of: other } })), h("span", { class: "num" }, h("b", {}, value)))));
-      const index = await theIndex(this.backend).catch(() => null);
-      if (index) for (const place of host.querySelectorAll(".label")) nameIn(place, index);
-      return undefined;
-    };
-    show("decoder");
-    return card("Neighbours", { beside: segmented("Near in what", kinds, "decoder", show) }, host);
-  }
-
-  positionsCard() {
-    const { fired, encoded } = this.latent.positions;
-    const host = h("div", {});
-    const groups = binned(fired, encoded);
-    const whole = card("Where in a context", { info: "The share of tokens at each place of a context on which it fires. Places at which no token was encoded are left out." }, host,
-      numbersTable(["position", "fired", "tokens"], groups.map(({ from, to, n, of }) => [to > from + 1 ? `${from} to ${to - 1}` : from, count(n), count(of)])));
-    requestAnimationFrame(() => {
-      if (this.closed) return;
-      const shares = groups.map(({ n, of }) => (of ? n / of : NaN));
-      const edges = [...groups.map(({ from }) => from), groups.at(-1).to];
-      const top = Math.max(...shares.filter(Number.isFinite));
-      this.charts.push(histogram(host, { edges, counts: shares.map((share) => share || 0), height: 130, what: "density", most: top, x: { title: "position" },
-        label: "Density at each position of a context. The numbers are in the table below.", describe: (g) => `fires on ${count(groups[g].n)} of ${count(groups[g].of)} tokens` }));
-    });
-    return whole;
   }
 
   // ---- the state ----
@@ -391,27 +517,9 @@ class LatentPage {
 
   close() {
     this.closed = true;
-    this.saveNow?.();
+    this.label?.saveNow();
     document.removeEventListener("about", this.onAbout);
     this.hist?.close();
     for (const chart of this.charts) chart.close();
   }
-}
-
-function nameIn(place, index) {
-  const i = Number(place.dataset.of);
-  if (index.label(i)) place.textContent = index.label(i);
-  else if (index.topToken(i) !== null) place.replaceChildren(tokenLabel(index.topToken(i)));
-}
-
-/** Positions in at most 64 groups of equal width. */
-function binned(fired, encoded) {
-  const width = Math.ceil(encoded.length / 64);
-  const groups = [];
-  for (let from = 0; from < encoded.length; from += width) {
-    const to = Math.min(encoded.length, from + width);
-    const sum = (counts) => counts.slice(from, to).reduce((a, b) => a + b, 0);
-    groups.push({ from, to, n: sum(fired), of: sum(encoded) });
-  }
-  return groups;
 }

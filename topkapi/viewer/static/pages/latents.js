@@ -2,7 +2,7 @@
 
 import { Chart, scatterImage } from "../parts/chart.js";
 import { announce, card, fill, h, oncePerFrame, stateNote } from "../parts/dom.js";
-import { count, number } from "../parts/format.js";
+import { count, number, tick } from "../parts/format.js";
 import { NOT_COUNTED } from "../parts/index.js";
 import { QueryError, compile } from "../parts/query.js";
 import { Preview } from "../parts/preview.js";
@@ -49,36 +49,99 @@ class LatentsPage {
   }
 
   draw() {
-    this.box = h("input", { type: "search", data: { search: "" }, autocomplete: "off", spellcheck: false, "aria-label": "Search the latents", "aria-describedby": "finder-error",
-      placeholder: 'density<1e-4 modes>=2 top:"Paris" label:foo', on: { input: () => this.typed(), keydown: (event) => this.boxKey(event) } });
+    this.box = h("input", {
+      type: "search",
+      data: { search: "" },
+      autocomplete: "off",
+      spellcheck: false,
+      "aria-label": "Search the latents",
+      "aria-describedby": "finder-error",
+      placeholder: 'density<1e-4 modes>=2 top:"Paris" label:foo',
+      on: { input: () => this.typed(), keydown: (event) => this.boxKey(event) },
+    });
     this.error = h("div", { class: "finder-error", id: "finder-error", role: "status" });
-    this.weight = h("select", { "aria-label": "How a random latent is drawn" }, ["uniform", "by density", "by importance"].map((text) => h("option", { value: text }, text)));
+    this.weight = h(
+      "select",
+      { "aria-label": "How a random latent is drawn" },
+      ["uniform", "by density", "by importance"].map((text) => h("option", { value: text }, text)),
+    );
     this.info = h("span", { class: "shown-count" });
     this.chips = h("div", { class: "chips" });
     this.banner = h("div", {});
     this.table = this.newTable();
     this.chartHost = h("div", { class: "brushable" });
     this.preview = new Preview(this.backend, () => this.index);
-    fill(this.main,
+    fill(
+      this.main,
       h("h1", { class: "unseen" }, "Latents"),
-      h("div", { class: "finder" },
-        h("div", { class: "finder-box" }, this.box, h("span", { class: "slash", "aria-hidden": "true" }, "/"), this.error),
-        h("div", { class: "random" }, h("button", { type: "button", on: { click: () => this.random() } }, "Random latent"), this.weight)),
+      h(
+        "div",
+        { class: "finder" },
+        h(
+          "div",
+          { class: "finder-box" },
+          this.box,
+          h("span", { class: "slash", "aria-hidden": "true" }, "/"),
+          this.error,
+        ),
+        h(
+          "div",
+          { class: "random" },
+          h("button", { type: "button", on: { click: () => this.random() } }, "Random latent"),
+          this.weight,
+        ),
+      ),
       this.banner,
-      h("div", { class: "index-grid" },
-        h("section", { class: "card index-card", "aria-label": "Table of latents" },
-          h("div", { class: "index-info" }, this.info, this.chips, h("div", { class: "beside" }, this.labelTools())), this.table.element),
-        h("div", { class: "stack aside" }, card("Density and importance", { className: "scatter-card", info: "Each point is a latent. Density: the share of tokens on which it fires. Importance: its mean squared value over all tokens. Drag over points to keep only those; click one to open it." },
-          this.chartHost), this.preview.element)));
+      h(
+        "div",
+        { class: "index-grid" },
+        h(
+          "section",
+          { class: "card index-card", "aria-label": "Table of latents" },
+          h("div", { class: "index-info" }, this.info, this.chips, h("div", { class: "beside" }, this.labelTools())),
+          this.table.element,
+        ),
+        h(
+          "div",
+          { class: "stack aside" },
+          card(
+            "Density and importance",
+            {
+              className: "scatter-card",
+              info:
+                "Each point is a latent. Density: the share of tokens on which it fires. Importance: its mean " +
+                "squared " +
+                "value over all tokens. Drag over points to keep only those; click one to open it.",
+            },
+            this.chartHost,
+          ),
+          this.preview.element,
+        ),
+      ),
+    );
     this.chart = this.newChart();
     this.showBanner();
   }
 
   labelTools() {
-    const download = h("button", { type: "button", class: "quiet", on: { click: () => this.exportLabels() } }, "Export labels");
+    const download = h(
+      "button",
+      { type: "button", class: "quiet", on: { click: () => this.exportLabels() } },
+      "Export labels",
+    );
     if (this.backend.isStatic) return [download];
-    const file = h("input", { type: "file", accept: "application/json,.json", hidden: true, "aria-label": "File of labels", on: { change: () => this.importLabels(file.files[0]) } });
-    return [file, h("button", { type: "button", class: "quiet", on: { click: () => file.click() } }, "Import labels"), download];
+    const file = h("input", {
+      type: "file",
+      accept: "application/json,.json",
+      hidden: true,
+      "aria-label": "File of labels",
+      on: { change: () => this.importLabels(file.files[0]) },
+    });
+    return [
+      file,
+      h("button", { type: "button", class: "quiet", on: { click: () => file.click() } }, "Import labels"),
+      download,
+    ];
   }
 
   newTable() {
@@ -87,22 +150,61 @@ class LatentsPage {
       const [low, high] = this.reach[at];
       const log = this.logs[at][i];
       cell.textContent = Number.isFinite(log) ? number(index[BOX[at]][i]) : "0";
-      cell.style.setProperty("--share", Number.isFinite(log) ? Math.max(0.02, (log - low) / (high - low)).toFixed(3) : 0);
+      cell.style.setProperty(
+        "--share",
+        Number.isFinite(log) ? Math.max(0.02, (log - low) / (high - low)).toFixed(3) : 0,
+      );
     };
     const plain = (name) => (cell, i) => (cell.textContent = number(index[name][i]));
     const columns = [
       { name: "latent", title: "Latent", className: "left", draw: (cell, i) => this.drawNumber(cell, i) },
       { name: "density", title: "Density", className: "bar", tip: "Share of tokens on which it fires", draw: bar(0) },
-      { name: "importance", title: "Importance", className: "bar", tip: "Mean squared value over all tokens", draw: bar(1) },
+      {
+        name: "importance",
+        title: "Importance",
+        className: "bar",
+        tip: "Mean squared value over all tokens",
+        draw: bar(1),
+      },
       { name: "mean", title: "Mean", className: "c-mean", tip: "Mean value of its firings", draw: plain("mean") },
       { name: "maximum", title: "Maximum", className: "c-max", tip: "Its largest value", draw: plain("maximum") },
-      { name: "kurtosis", title: "Kurtosis", className: "c-kurtosis", tip: "E[a⁴] / E[a²]² over its firings", draw: plain("kurtosis") },
-      { name: "modes", title: "Modes", className: "c-modes", tip: "Peaks in the distribution of its values", draw: (cell, i) => (cell.textContent = modesText(index.modes[i])) },
-      { name: "top", title: "Top token", className: "left", tip: "The token on which it fires most strongly", draw: (cell, i) => this.drawToken(cell, i) },
-      { name: "label", title: "Label", className: "left c-label", draw: (cell, i) => (cell.textContent = index.label(i)) },
+      {
+        name: "kurtosis",
+        title: "Kurtosis",
+        className: "c-kurtosis",
+        tip: "E[a⁴] / E[a²]² over its firings",
+        draw: plain("kurtosis"),
+      },
+      {
+        name: "modes",
+        title: "Modes",
+        className: "c-modes",
+        tip: "Peaks in the distribution of its values",
+        draw: (cell, i) => (cell.textContent = modesText(index.modes[i])),
+      },
+      {
+        name: "top",
+        title: "Top token",
+        className: "left",
+        tip: "The token on which it fires most strongly",
+        draw: (cell, i) => this.drawToken(cell, i),
+      },
+      {
+        name: "label",
+        title: "Label",
+        className: "left c-label",
+        draw: (cell, i) => (cell.textContent = index.label(i)),
+      },
     ];
-    return new VirtualTable({ label: "Latents", columns, rowHeight: ROW, onSort: (name) => this.sortBy(name),
-      onOpen: (i) => go(link("latent", i)), onSelect: (i) => this.selected(i), onPoint: (i) => this.preview.show(i) });
+    return new VirtualTable({
+      label: "Latents",
+      columns,
+      rowHeight: ROW,
+      onSort: (name) => this.sortBy(name),
+      onOpen: (i) => go(link("latent", i)),
+      onSelect: (i) => this.selected(i),
+      onPoint: (i) => this.preview.show(i),
+    });
   }
 
   drawNumber(cell, i) {
@@ -121,8 +223,12 @@ class LatentsPage {
     const [x, y] = this.reach.map(([low, high]) => [low - 0.06 * (high - low), high + 0.06 * (high - low)]);
     const shown = count(this.index.n_latents);
     return new Chart(this.chartHost, {
-      height: 300, label: `Scatter plot of ${shown} latents: density across, importance up, both logarithmic. The table and its query give the same numbers.`,
-      x: { range: x, log: true, title: "density" }, y: { range: y, log: true, title: "importance" },
+      height: 300,
+      label:
+        `Scatter plot of ${shown} latents: density across, importance up, both logarithmic. The table and ` +
+        "its query give the same numbers.",
+      x: { range: x, log: true, title: "density" },
+      y: { range: y, log: true, title: "importance" },
       draw: (pen) => this.drawPoints(pen),
       hover: (left, top, pen) => this.pointAt(left, top, pen),
       click: (left, top, pen) => {
@@ -130,14 +236,16 @@ class LatentsPage {
         if (found) go(link("latent", found.i));
         return Boolean(found);
       },
-      select: (box) => this.change({ box: box ? [...box.x, ...box.y].map((bound) => bound.toFixed(4)).join(",") : "" }, true),
+      select: (box) =>
+        this.change({ box: box ? [...box.x, ...box.y].map((bound) => bound.toFixed(4)).join(",") : "" }, true),
     });
   }
 
   drawPoints(pen) {
     scatterImage(pen, this.logs[0], this.logs[1], this.kept);
     const i = this.table.selected >= 0 ? this.table.items[this.table.selected] : -1;
-    if (i >= 0 && Number.isFinite(this.logs[0][i])) pen.dot(this.logs[0][i], this.logs[1][i], pen.paint.second, 5, pen.paint.surface);
+    if (i >= 0 && Number.isFinite(this.logs[0][i]))
+      pen.dot(this.logs[0][i], this.logs[1][i], pen.paint.second, 5, pen.paint.surface);
   }
 
   pointAt(left, top, pen) {
@@ -155,7 +263,10 @@ class LatentsPage {
     }
     if (found < 0) return null;
     const name = this.index.label(found) || this.index.topToken(found);
-    const lines = [`latent ${found}${name ? ` · ${name}` : ""}`, `density ${number(this.index.density[found])} · importance ${number(this.index.importance[found])}`];
+    const lines = [
+      `latent ${found}${name ? ` · ${name}` : ""}`,
+      `density ${number(this.index.density[found])} · importance ${number(this.index.importance[found])}`,
+    ];
     return { i: found, x: xs[found], y: ys[found], lines };
   }
 
@@ -179,13 +290,18 @@ class LatentsPage {
       const keep = compile(state.q, index);
       const [xs, ys] = this.logs;
       for (let i = 0; i < this.kept.length; i++) {
-        const inside = !bounds || (xs[i] >= bounds[0] && xs[i] <= bounds[1] && ys[i] >= bounds[2] && ys[i] <= bounds[3]);
+        const inside =
+          !bounds || (xs[i] >= bounds[0] && xs[i] <= bounds[1] && ys[i] >= bounds[2] && ys[i] <= bounds[3]);
         this.kept[i] = inside && keep(i) ? 1 : 0;
       }
       this.showError("");
     } catch (failure) {
       if (!(failure instanceof QueryError)) throw failure;
-      this.showError(failure.message);
+      this.showError(failure.message); // and what was shown stays
+      if (!this.table.length) {
+        this.kept.fill(1);
+        this.sort();
+      }
       return;
     }
     this.chart.setBrush(bounds ? { x: bounds.slice(0, 2), y: bounds.slice(2) } : null);
@@ -200,9 +316,17 @@ class LatentsPage {
 
   showChips(bounds) {
     const clear = () => this.change({ box: "" }, true);
-    const [x0, x1, y0, y1] = (bounds ?? []).map((power) => number(10 ** power, 2));
-    fill(this.chips, bounds && h("span", { class: "chip" }, `density ${x0} to ${x1}, importance ${y0} to ${y1}`,
-      h("button", { type: "button", "aria-label": "Clear the brush", on: { click: clear } }, "✕")));
+    const [x0, x1, y0, y1] = (bounds ?? []).map((power) => tick(Number((10 ** power).toPrecision(2))));
+    fill(
+      this.chips,
+      bounds &&
+        h(
+          "span",
+          { class: "chip" },
+          `density ${x0} to ${x1}, importance ${y0} to ${y1}`,
+          h("button", { type: "button", "aria-label": "Clear the brush", on: { click: clear } }, "✕"),
+        ),
+    );
   }
 
   sort() {
@@ -219,7 +343,8 @@ class LatentsPage {
     if (this.table.selected >= 0) this.table.reveal(this.table.selected, true);
     if (length) this.preview.show(items[Math.max(0, this.table.selected)]);
     this.chart.redraw();
-    this.info.textContent = length === items.length ? `${count(length)} latents` : `${count(length)} of ${count(items.length)} latents`;
+    this.info.textContent =
+      length === items.length ? `${count(length)} latents` : `${count(length)} of ${count(items.length)} latents`;
     announce(this.info.textContent);
     this.showEmpty(length === 0);
   }
@@ -227,7 +352,19 @@ class LatentsPage {
   showEmpty(empty) {
     this.empty?.remove();
     if (!empty) return;
-    const clear = h("button", { type: "button", on: { click: () => { this.box.value = ""; this.change({ q: "", box: "" }, true); } } }, "Clear the query");
+    const clear = h(
+      "button",
+      {
+        type: "button",
+        on: {
+          click: () => {
+            this.box.value = "";
+            this.change({ q: "", box: "" }, true);
+          },
+        },
+      },
+      "Clear the query",
+    );
     this.empty = stateNote("quiet", "No latent is like this.", "", clear);
     this.table.body.append(this.empty);
     this.table.body.style.height = "auto";
@@ -249,7 +386,8 @@ class LatentsPage {
   boxKey(event) {
     if (event.key === "Enter" || event.key === "ArrowDown") {
       event.preventDefault();
-      if (event.key === "Enter" && /^\d+$/.test(this.box.value.trim()) && Number(this.box.value) < this.index.n_latents) return go(link("latent", Number(this.box.value)));
+      if (event.key === "Enter" && /^\d+$/.test(this.box.value.trim()) && Number(this.box.value) < this.index.n_latents)
+        return go(link("latent", Number(this.box.value)));
       this.table.scroller.focus();
       if (this.table.length) this.table.select(0);
     }
@@ -276,7 +414,11 @@ class LatentsPage {
   random() {
     const { items, length } = this.table;
     if (!length) return;
-    const weights = { uniform: () => 1, "by density": (i) => this.index.n_fired[i], "by importance": (i) => this.index.importance[i] }[this.weight.value];
+    const weights = {
+      uniform: () => 1,
+      "by density": (i) => this.index.n_fired[i],
+      "by importance": (i) => this.index.importance[i],
+    }[this.weight.value];
     let total = 0;
     for (let at = 0; at < length; at++) total += weights(items[at]);
     let left = Math.random() * total;
@@ -308,8 +450,16 @@ class LatentsPage {
   showBanner() {
     const { index } = this.backend.about;
     const building = index?.state === "building";
-    fill(this.banner, building && h("div", { class: "banner" }, `Modes and top tokens are being found: ${count(index.done)} of ${count(index.total)}`,
-      h("progress", { max: index.total, value: index.done, "aria-label": "Modes and top tokens" })));
+    fill(
+      this.banner,
+      building &&
+        h(
+          "div",
+          { class: "banner" },
+          `Modes and top tokens are being found: ${count(index.done)} of ${count(index.total)}`,
+          h("progress", { max: index.total, value: index.done, "aria-label": "Modes and top tokens" }),
+        ),
+    );
   }
 
   async heard(before, now) {

@@ -10,7 +10,11 @@ import { activeList } from "../parts/active.js";
 import { Work, modelNote } from "../parts/work.js";
 import { link, note, parse } from "../router.js";
 
-const EXAMPLES = ["The capital of France is", "When Mary and John went to the store, John gave a drink to", "def fibonacci(n):\n    if n < 2:\n        return"];
+const EXAMPLES = [
+  "The capital of France is",
+  "When Mary and John went to the store, John gave a drink to",
+  "def fibonacci(n):\n    if n < 2:\n        return",
+];
 
 export const title = () => "Prompt";
 
@@ -21,10 +25,13 @@ export function open(main, route, backend) {
 class PromptPage {
   constructor(main, route, backend) {
     Object.assign(this, { main, backend, state: route.query, closed: false, index: null });
-    theIndex(backend).then((index) => {
-      this.index = index;
-      if (this.result) this.drawTokens();
-    }, () => {});
+    theIndex(backend).then(
+      (index) => {
+        this.index = index;
+        if (this.result) this.drawTokens();
+      },
+      () => {},
+    );
     this.onAbout = ({ detail: { before, now } }) => before.model?.state !== now.model?.state && this.modelChanged();
     document.addEventListener("about", this.onAbout);
     this.draw();
@@ -33,22 +40,70 @@ class PromptPage {
 
   draw() {
     const most = this.backend.about.limits?.prompt_tokens;
-    this.text = h("textarea", { id: "prompt", rows: 2, spellcheck: false, value: this.state.text ?? "", placeholder: "Write something for the model to read",
-      on: { keydown: (event) => (event.ctrlKey || event.metaKey) && event.key === "Enter" && this.run() } });
+    this.text = h("textarea", {
+      id: "prompt",
+      rows: 2,
+      spellcheck: false,
+      value: this.state.text ?? "",
+      placeholder: "Write something for the model to read",
+      on: { keydown: (event) => (event.ctrlKey || event.metaKey) && event.key === "Enter" && this.run() },
+    });
     this.button = h("button", { type: "button", class: "main", on: { click: () => this.run() } }, "Run");
     this.status = h("div", { class: "work-host" });
     this.work = new Work(this.status);
     this.results = h("div", { class: "stack" });
-    const examples = EXAMPLES.map((text) => h("button", { type: "button", class: "quiet", on: { click: () => { this.text.value = text; this.run(); } } }, text.split("\n")[0]));
-    fill(this.main,
-      h("div", { class: "stack" },
-        h("section", { class: "card prompt-form", "aria-label": "Prompt" },
+    const examples = EXAMPLES.map((text) =>
+      h(
+        "button",
+        {
+          type: "button",
+          class: "quiet",
+          on: {
+            click: () => {
+              this.text.value = text;
+              this.run();
+            },
+          },
+        },
+        text.split("\n")[0],
+      ),
+    );
+    fill(
+      this.main,
+      h(
+        "div",
+        { class: "stack" },
+        h(
+          "section",
+          { class: "card prompt-form", "aria-label": "Prompt" },
           h("div", { class: "card-head" }, h("h1", {}, h("label", { for: "prompt" }, "Prompt"))),
           this.text,
-          h("div", { class: "row" }, this.button, h("span", { class: "hint" }, h("kbd", {}, "Ctrl"), " ", h("kbd", {}, "Enter"), most ? ` · up to ${most} tokens` : ""), h("span", { class: "beside examples-of" }, h("span", { class: "hint" }, "try"), examples)),
-          this.status),
-        this.results));
-    this.steering = steeringPanel({ backend: this.backend, state: this.state, prompt: () => this.text.value, remember: (state) => this.remember(state), index: () => this.index });
+          h(
+            "div",
+            { class: "row" },
+            this.button,
+            h(
+              "span",
+              { class: "hint" },
+              h("kbd", {}, "Ctrl"),
+              " ",
+              h("kbd", {}, "Enter"),
+              most ? ` · up to ${most} tokens` : "",
+            ),
+            h("span", { class: "beside examples-of" }, h("span", { class: "hint" }, "try"), examples),
+          ),
+          this.status,
+        ),
+        this.results,
+      ),
+    );
+    this.steering = steeringPanel({
+      backend: this.backend,
+      state: this.state,
+      prompt: () => this.text.value,
+      remember: (state) => this.remember(state),
+      index: () => this.index,
+    });
     this.drawEmpty();
     this.modelChanged();
   }
@@ -73,7 +128,9 @@ class PromptPage {
       return;
     }
     this.remember({ text, token: text === this.state.text ? this.state.token : "" });
-    const found = await this.work.run("Reading the prompt", (progress, signal) => this.backend.work("prompt", { text }, progress, signal));
+    const found = await this.work.run("Reading the prompt", (progress, signal) =>
+      this.backend.work("prompt", { text }, progress, signal),
+    );
     if (!found || this.closed) return;
     this.result = found;
     this.ran = text;
@@ -85,14 +142,40 @@ class PromptPage {
     this.tokensHost = h("div", {});
     this.tokensScale = h("span", { class: "scale heat" });
     this.listHost = h("div", {});
-    this.attribution = attributionPanel({ backend: this.backend, state: this.state, prompt: () => this.ran, tokens: this.result.tokens, remember: (state) => this.remember(state), index: () => this.index, steer: (latent) => this.steer(latent) });
-    fill(this.results,
-      h("div", { class: "prompt-grid" },
-        h("div", { class: "stack" },
-          card("Tokens", { beside: this.tokensScale, info: "Colour: how badly the autoencoder explains a token's activation (its normalized squared error). Point at a latent below to see where it is active; click a token to see its latents." }, this.tokensHost),
-          this.listHost),
-        this.nextCard()),
-      this.attribution.element, this.steering.element);
+    this.attribution = attributionPanel({
+      backend: this.backend,
+      state: this.state,
+      prompt: () => this.ran,
+      tokens: this.result.tokens,
+      remember: (state) => this.remember(state),
+      index: () => this.index,
+      steer: (latent) => this.steer(latent),
+    });
+    fill(
+      this.results,
+      h(
+        "div",
+        { class: "prompt-grid" },
+        h(
+          "div",
+          { class: "stack" },
+          card(
+            "Tokens",
+            {
+              beside: this.tokensScale,
+              info:
+                "Colour: how badly the autoencoder explains a token's activation (its normalized squared error). " +
+                "Point at a latent below to see where it is active; click a token to see its latents.",
+            },
+            this.tokensHost,
+          ),
+          this.listHost,
+        ),
+        this.nextCard(),
+      ),
+      this.attribution.element,
+      this.steering.element,
+    );
     this.drawTokens();
   }
 
@@ -100,8 +183,13 @@ class PromptPage {
     const { tokens } = this.result;
     this.worst = Math.max(1e-9, ...tokens.map((token) => token.error ?? 0));
     this.strip = tokenStrip({
-      tokens: tokens.map((token) => token.text), label: "Tokens of the prompt", className: "prompt-strip pickable",
-      paint: this.errorPaint, gap: (i) => !tokens[i].kept, tip: (i) => this.tip(i), onPick: (i) => this.pick(i),
+      tokens: tokens.map((token) => token.text),
+      label: "Tokens of the prompt",
+      className: "prompt-strip pickable",
+      paint: this.errorPaint,
+      gap: (i) => !tokens[i].kept,
+      tip: (i) => this.tip(i),
+      onPick: (i) => this.pick(i),
     });
     fill(this.tokensHost, this.strip);
     this.showScale(null);
@@ -122,7 +210,8 @@ class PromptPage {
     const { error, active, kept, text } = this.result.tokens[i];
     const lines = [h("b", {}, tokenText(text)), `error ${number(error)} · ${active.length} latents`];
     if (!kept) lines.push("not a token that the autoencoder was trained on");
-    if (this.pointed !== undefined && this.pointed !== null) lines.push(`latent ${this.pointed}: ${number(active.find(([latent]) => latent === this.pointed)?.[1] ?? 0)}`);
+    if (this.pointed !== undefined && this.pointed !== null)
+      lines.push(`latent ${this.pointed}: ${number(active.find(([latent]) => latent === this.pointed)?.[1] ?? 0)}`);
     return lines;
   }
 
@@ -138,11 +227,32 @@ class PromptPage {
 
   drawList() {
     this.strip.pick(this.token ?? -1);
-    const list = activeList({ tokens: this.result.tokens, token: this.token, index: this.index, onPoint: (latent) => this.point(latent), steer: (latent) => this.steer(latent) });
+    const list = activeList({
+      tokens: this.result.tokens,
+      token: this.token,
+      index: this.index,
+      onPoint: (latent) => this.point(latent),
+      steer: (latent) => this.steer(latent),
+    });
     const of = this.token === null ? "the whole prompt" : "one token";
-    const clear = this.token !== null && h("button", { class: "quiet", type: "button", on: { click: () => this.pick(this.token) } }, "Whole prompt");
-    const head = this.token === null ? "Active latents" : h("span", {}, "Active on ", tokenLabel(this.result.tokens[this.token].text));
-    const made = card("", { beside: clear, info: this.token === null ? "Latents of all tokens, those nearest to their own maximum first. Each strip has a cell a token." : "Latents of this token, strongest first." }, list);
+    const clear =
+      this.token !== null &&
+      h("button", { class: "quiet", type: "button", on: { click: () => this.pick(this.token) } }, "Whole prompt");
+    const head =
+      this.token === null
+        ? "Active latents"
+        : h("span", {}, "Active on ", tokenLabel(this.result.tokens[this.token].text));
+    const made = card(
+      "",
+      {
+        beside: clear,
+        info:
+          this.token === null
+            ? "Latents of all tokens, those nearest to their own maximum first. Each strip has a cell a token."
+            : "Latents of this token, strongest first.",
+      },
+      list,
+    );
     made.querySelector("h2").append(head);
     made.setAttribute("data-of", of);
     fill(this.listHost, made);
@@ -164,9 +274,33 @@ class PromptPage {
 
   nextCard() {
     const add = (side) => (text) => this.attribution.add(side, text);
-    const row = ({ text, p }) => h("li", { class: "sharebar", style: { "--share": p.toFixed(4) } }, h("span", { class: "what" }, tokenLabel(text)), h("span", { class: "num" }, percent(p)),
-      ...[["positive", "+", "for"], ["negative", "−", "against"]].map(([side, sign, word]) => h("button", { type: "button", "aria-label": `Attribute ${word} “${tokenText(text)}”`, data: { tip: `Ask which latents speak ${word} it` }, on: { click: () => add(side)(text) } }, sign)));
-    return card("Next token", { info: "What the model predicts after the prompt. + and − choose tokens for the attribution below." }, h("ol", { class: "next" }, this.result.next.map(row)));
+    const row = ({ text, p }) =>
+      h(
+        "li",
+        { class: "sharebar", style: { "--share": p.toFixed(4) } },
+        h("span", { class: "what" }, tokenLabel(text)),
+        h("span", { class: "num" }, percent(p)),
+        ...[
+          ["positive", "+", "for"],
+          ["negative", "−", "against"],
+        ].map(([side, sign, word]) =>
+          h(
+            "button",
+            {
+              type: "button",
+              "aria-label": `Attribute ${word} “${tokenText(text)}”`,
+              data: { tip: `Ask which latents speak ${word} it` },
+              on: { click: () => add(side)(text) },
+            },
+            sign,
+          ),
+        ),
+      );
+    return card(
+      "Next token",
+      { info: "What the model predicts after the prompt. + and − choose tokens for the attribution below." },
+      h("ol", { class: "next" }, this.result.next.map(row)),
+    );
   }
 
   steer(latent) {

@@ -10,7 +10,8 @@ import { hideTip, showTip } from "./tips.js";
  * A chart in `host` that keeps its width. `axis`: {range: [low, high], log, title, format, ticks}.
  *
  * draw(pen): called whenever it is drawn, see `Pen`. hover(x, y, pen): {x, y, lines} of what is near, or null.
- * click(x, y, pen); select({x: [low, high], y: [low, high]} or null): makes a brush. overlay(u): places elements in u.over.
+ * click(x, y, pen); select({x: [low, high], y: [low, high]} or null): makes a brush. overlay(u): places elements in
+ * u.over.
  * Returns {redraw(), close(), setBrush(box)}.
  */
 export class Chart {
@@ -30,23 +31,43 @@ export class Chart {
     this.width = this.host.clientWidth;
     this.u?.destroy();
     this.u = undefined;
+    this.isReady = false;
     if (!this.width) return;
     const { x, y, height = 220, select } = this.options;
     const paint = colours();
-    this.u = new uPlot({
-      width: this.width, height, padding: [10, 20, 0, 0], legend: { show: false },
-      scales: { x: { time: false, range: () => x.range }, y: { range: () => y.range } },
-      series: [{}, { paths: () => null, points: { show: false } }],
-      axes: [axisOf(x, paint, 0, this.width < 420 ? 50 : 60), axisOf(y, paint, 1, 36)],
-      cursor: { points: { show: false }, x: false, y: false, drag: { x: !!select, y: !!select, setScale: false, dist: 5 } },
-      hooks: {
-        drawAxes: [(u) => this.draw(u, paint)],
-        setSelect: [(u) => this.selected(u)],
-        ready: [(u) => this.options.overlay?.(u)],
-        setSize: [(u) => this.options.overlay?.(u)],
+    this.u = new uPlot(
+      {
+        width: this.width,
+        height,
+        padding: [10, 20, 0, 0],
+        legend: { show: false },
+        scales: { x: { time: false, range: () => x.range }, y: { range: () => y.range } },
+        series: [{}, { paths: () => null, points: { show: false } }],
+        axes: [axisOf(x, paint, 0, this.width < 420 ? 50 : 60), axisOf(y, paint, 1, 36)],
+        cursor: {
+          points: { show: false },
+          x: false,
+          y: false,
+          drag: { x: !!select, y: !!select, setScale: false, dist: 5 },
+        },
+        hooks: {
+          drawAxes: [(u) => this.draw(u, paint)],
+          setSelect: [(u) => this.selected(u)],
+          ready: [(u) => this.ready(u)],
+          setSize: [(u) => this.options.overlay?.(u)],
+        },
       },
-    }, [x.range, y.range], this.host);
+      [x.range, y.range],
+      this.host,
+    );
     this.listen(this.u.over);
+  }
+
+  /** Once scales are known, which is not when uPlot's constructor returns. */
+  ready(u) {
+    this.u = u;
+    this.isReady = true;
+    this.options.overlay?.(u);
     if (this.brush) this.setBrush(this.brush);
   }
 
@@ -115,7 +136,7 @@ export class Chart {
   setBrush(box) {
     this.brush = box;
     this.host.classList.toggle("brushed", Boolean(box));
-    if (!this.u) return;
+    if (!this.isReady) return;
     this.placing = true;
     const place = box
       ? { left: this.u.valToPos(box.x[0], "x"), top: this.u.valToPos(box.y[1], "y") }
@@ -143,13 +164,21 @@ export class Chart {
 function axisOf(axis, paint, side, space) {
   const format = axis.format ?? (axis.log ? powerOfTen : tick);
   const made = {
-    stroke: paint.soft, font: "11px Inter, sans-serif", space, size: side ? 46 : 30, gap: 4,
-    grid: { stroke: paint.grid, width: 1, show: side === 1 || axis.grid === true }, ticks: { stroke: paint.line, width: 1, size: 4 },
+    stroke: paint.soft,
+    font: "11px Inter, sans-serif",
+    space,
+    size: side ? 46 : 30,
+    gap: 4,
+    grid: { stroke: paint.grid, width: 1, show: side === 1 || axis.grid === true },
+    ticks: { stroke: paint.line, width: 1, size: 4 },
     border: side ? { show: false } : { show: true, stroke: paint.line, width: 1 },
     values: (_, ticks) => ticks.map((tick) => format(tick)),
   };
-  if (axis.title) Object.assign(made, { label: axis.title, labelSize: 18, labelGap: 2, labelFont: "11px Inter, sans-serif" });
-  if (axis.log) made.splits = (u) => logTicks(axis.range, side ? u.bbox.height / devicePixelRatio / 32 : u.bbox.width / devicePixelRatio / 60);
+  if (axis.title)
+    Object.assign(made, { label: axis.title, labelSize: 18, labelGap: 2, labelFont: "11px Inter, sans-serif" });
+  if (axis.log)
+    made.splits = (u) =>
+      logTicks(axis.range, side ? u.bbox.height / devicePixelRatio / 32 : u.bbox.width / devicePixelRatio / 60);
   if (axis.ticks) made.splits = () => axis.ticks;
   return made;
 }
@@ -160,8 +189,15 @@ function logTicks([low, high], most) {
   const powers = Array.from({ length: Math.ceil(high) - Math.floor(low) + 1 }, (_, i) => Math.floor(low) + i);
   const every = Math.max(1, Math.ceil((high - low) / Math.max(2, most)));
   if (high - low >= 2) return powers.filter((power) => power % every === 0 && inside(power));
-  const choices = [[1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9], [1, 1.5, 2, 3, 4, 5, 6, 8], [1, 2, 5], [1]];
-  const ticks = choices.map((steps) => powers.flatMap((power) => steps.map((step) => power + Math.log10(step))).filter(inside));
+  const choices = [
+    [1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9],
+    [1, 1.5, 2, 3, 4, 5, 6, 8],
+    [1, 2, 5],
+    [1],
+  ];
+  const ticks = choices.map((steps) =>
+    powers.flatMap((power) => steps.map((step) => power + Math.log10(step))).filter(inside),
+  );
   return ticks.find((found) => found.length <= Math.max(2, most)) ?? ticks.at(-1);
 }
 
@@ -227,14 +263,45 @@ export class Pen {
 }
 
 /** Bars of a histogram with counts on a linear or logarithmic axis, a note on hover, and whatever `over` draws. */
-export function histogram(host, { edges, counts, logCounts = false, x, height, label, what, colour, over, overlay, most = Math.max(1, ...counts), curves = [], room = 1.06, describe }) {
+export function histogram(
+  host,
+  {
+    edges,
+    counts,
+    logCounts = false,
+    x,
+    height,
+    label,
+    what,
+    colour,
+    over,
+    overlay,
+    most = Math.max(1, ...counts),
+    curves = [],
+    room = 1.06,
+    describe,
+  },
+) {
   const values = logCounts ? counts.map((n) => (n > 0 ? Math.log10(n) : NaN)) : counts;
   const y = logCounts
-    ? { range: [Math.log10(0.5), Math.log10(most) + (room > 1.1 ? 0.8 : 0.2)], log: true, title: what, format: (power) => (power < 5 ? String(Math.round(10 ** power)) : powerOfTen(power)) }
-    : { range: [0, Math.max(most, ...curves.flat()) * room], title: what, format: (n) => (n >= 1e4 ? `${number(n / 1e3)}k` : Number.isInteger(n) ? String(n) : tick(n)) };
+    ? {
+        range: [Math.log10(0.5), Math.log10(most) + (room > 1.1 ? 0.8 : 0.2)],
+        log: true,
+        title: what,
+        format: (power) => (power < 5 ? String(Math.round(10 ** power)) : powerOfTen(power)),
+      }
+    : {
+        range: [0, Math.max(most, ...curves.flat()) * room],
+        title: what,
+        format: (n) => (n >= 1e4 ? `${number(n / 1e3)}k` : Number.isInteger(n) ? String(n) : tick(n)),
+      };
   const write = x.log ? (value) => number(10 ** value) : (value) => number(value);
   return new Chart(host, {
-    height, label, overlay, x: { range: [edges[0], edges.at(-1)], ...x }, y,
+    height,
+    label,
+    overlay,
+    x: { range: [edges[0], edges.at(-1)], ...x },
+    y,
     draw: (pen) => {
       pen.bars(edges, values, (i) => colour?.(i, pen.paint) ?? pen.paint.accent);
       over?.(pen, (n) => (logCounts ? Math.log10(Math.max(n, 1e-9)) : n));
@@ -244,7 +311,11 @@ export function histogram(host, { edges, counts, logCounts = false, x, height, l
       const i = edges.findIndex((edge, e) => value >= edge && value < edges[e + 1]);
       if (i < 0 || !(counts[i] > 0)) return null;
       const said = describe ? describe(i) : `${counts[i].toLocaleString("en-GB")} ${what}`;
-      return { x: (edges[i] + edges[i + 1]) / 2, y: values[i], lines: [`${write(edges[i])} to ${write(edges[i + 1])}`, said] };
+      return {
+        x: (edges[i] + edges[i + 1]) / 2,
+        y: values[i],
+        lines: [`${write(edges[i])} to ${write(edges[i + 1])}`, said],
+      };
     },
   });
 }
@@ -271,7 +342,10 @@ export function scatterImage(pen, xs, ys, shown) {
   }
   const image = new ImageData(w, tall);
   const pixels = new Uint32Array(image.data.buffer);
-  const most = Math.max(2, strong.reduce((a, b) => Math.max(a, b), 0));
+  const most = Math.max(
+    2,
+    strong.reduce((a, b) => Math.max(a, b), 0),
+  );
   const first = few ? 0.9 : xs.length < 2e4 ? 0.5 : 0.3;
   const opacity = (n) => first + (1 - first) * (Math.log(n) / Math.log(Math.min(most, DARKEST)));
   const [accent, grey] = [shades(pen.paint.accent, opacity), shades(pen.paint.soft, (n) => 0.35 * (1 - 0.75 ** n))];
@@ -289,20 +363,62 @@ const DARKEST = 60; // points on one pixel, above which it gets no darker
 /** The colour of a pixel on which n points lie, as an ImageData's four bytes in one number. */
 function shades(colour, opacity) {
   const [r, g, b] = channels(colour);
-  const bytes = Uint8Array.from({ length: 4 * (DARKEST + 1) }, (_, i) => [r, g, b, 255 * Math.min(1, opacity(Math.max(1, Math.floor(i / 4))))][i % 4]);
+  const bytes = Uint8Array.from(
+    { length: 4 * (DARKEST + 1) },
+    (_, i) => [r, g, b, 255 * Math.min(1, opacity(Math.max(1, Math.floor(i / 4))))][i % 4],
+  );
   return new Uint32Array(bytes.buffer);
 }
 
 /** A small table of a chart's numbers, folded away: the text alternative. */
 export function numbersTable(titles, rows, summary = "The numbers") {
-  return h("details", { class: "numbers" }, h("summary", {}, summary),
-    h("div", { class: "numbers-scroll" }, h("table", {},
-      h("thead", {}, h("tr", {}, titles.map((title) => h("th", { scope: "col" }, title)))),
-      h("tbody", {}, rows.map((row) => h("tr", {}, row.map((cell) => h("td", {}, String(cell)))))))));
+  return h(
+    "details",
+    { class: "numbers" },
+    h("summary", {}, summary),
+    h(
+      "div",
+      { class: "numbers-scroll" },
+      h(
+        "table",
+        {},
+        h(
+          "thead",
+          {},
+          h(
+            "tr",
+            {},
+            titles.map((title) => h("th", { scope: "col" }, title)),
+          ),
+        ),
+        h(
+          "tbody",
+          {},
+          rows.map((row) =>
+            h(
+              "tr",
+              {},
+              row.map((cell) => h("td", {}, String(cell))),
+            ),
+          ),
+        ),
+      ),
+    ),
+  );
 }
 
 /** Which line is which: [[colour name, text, dashed]]. */
 export function legend(entries) {
-  return h("ul", { class: "legend" }, entries.map(([colour, text, dashed]) => h("li", {},
-    h("span", { class: `swatch ${dashed ? "dashed" : ""}`, style: { "--swatch": `var(--${colour})` } }), text)));
+  return h(
+    "ul",
+    { class: "legend" },
+    entries.map(([colour, text, dashed]) =>
+      h(
+        "li",
+        {},
+        h("span", { class: `swatch ${dashed ? "dashed" : ""}`, style: { "--swatch": `var(--${colour})` } }),
+        text,
+      ),
+    ),
+  );
 }

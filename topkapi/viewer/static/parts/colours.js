@@ -7,10 +7,12 @@ probe.hidden = true;
 /** {ink: "rgb(...)", ...} as they are now. */
 export function colours() {
   if (!probe.isConnected) document.body.append(probe);
-  return Object.fromEntries(NAMES.map((name) => {
-    probe.style.color = `var(--${name})`;
-    return [name, getComputedStyle(probe).color];
-  }));
+  return Object.fromEntries(
+    NAMES.map((name) => {
+      probe.style.color = `var(--${name})`;
+      return [name, getComputedStyle(probe).color];
+    }),
+  );
 }
 
 /** [r, g, b] from 0 to 255 of a resolved colour. */

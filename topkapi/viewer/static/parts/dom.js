@@ -9,7 +9,8 @@ export function h(tag, props = {}, ...children) {
     if (name === "class") made.className = value;
     else if (name === "style") setStyle(made, value);
     else if (name === "data") Object.assign(made.dataset, value);
-    else if (name === "on") for (const [event, listener] of Object.entries(value)) made.addEventListener(event, listener);
+    else if (name === "on")
+      for (const [event, listener] of Object.entries(value)) made.addEventListener(event, listener);
     else if (name.includes("-") || name === "role" || name === "for" || name === "list") made.setAttribute(name, value);
     else made[name] = value;
   }
@@ -28,21 +29,39 @@ export const freshId = (what) => `${what}-${++lastId}`;
 /** A field with its label above it. */
 export function field(label, input, { hint, wide } = {}) {
   input.id ||= freshId("field");
-  return h("div", { class: wide ? "field wide" : "field" }, h("label", { for: input.id }, label), input,
-    hint ? h("span", { class: "hint" }, hint) : null);
+  return h(
+    "div",
+    { class: wide ? "field wide" : "field" },
+    h("label", { for: input.id }, label),
+    input,
+    hint ? h("span", { class: "hint" }, hint) : null,
+  );
 }
 
 /** A card: a section with a heading, what belongs beside the heading, and a body. */
 export function card(title, { beside, className = "", level = "h2", info } = {}, ...body) {
   const id = freshId("card");
-  return h("section", { class: `card ${className}`, "aria-labelledby": id },
-    h("div", { class: "card-head" }, h(level, { id }, title), info ? explain(info) : null, beside ? h("div", { class: "beside" }, beside) : null),
-    ...body);
+  return h(
+    "section",
+    { class: `card ${className}`, "aria-labelledby": id },
+    h(
+      "div",
+      { class: "card-head" },
+      h(level, { id }, title),
+      info ? explain(info) : null,
+      beside ? h("div", { class: "beside" }, beside) : null,
+    ),
+    ...body,
+  );
 }
 
 /** A small "?" that tells what a number is, on hover, focus and click. */
 export function explain(text) {
-  return h("button", { class: "explain", type: "button", "aria-label": "What this is", "aria-description": text, data: { tip: text } }, "?");
+  return h(
+    "button",
+    { class: "explain", type: "button", "aria-label": "What this is", "aria-description": text, data: { tip: text } },
+    "?",
+  );
 }
 
 /** A word that says what it means, on hover, focus and click. */
@@ -57,7 +76,22 @@ export function segmented(label, choices, chosen, onChoose) {
     for (const button of group.children) button.setAttribute("aria-pressed", String(button.value === String(value)));
   };
   for (const [value, text] of choices) {
-    group.append(h("button", { type: "button", value, on: { click: () => { show(value); onChoose(value); } } }, text));
+    group.append(
+      h(
+        "button",
+        {
+          type: "button",
+          value,
+          on: {
+            click: () => {
+              show(value);
+              onChoose(value);
+            },
+          },
+        },
+        text,
+      ),
+    );
   }
   group.show = show;
   show(chosen);
@@ -66,14 +100,21 @@ export function segmented(label, choices, chosen, onChoose) {
 
 /** Replaces what is in an element. */
 export function fill(element, ...children) {
-  element.replaceChildren(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  element.replaceChildren(
+    ...children.flat().filter((child) => child !== null && child !== undefined && child !== false),
+  );
   return element;
 }
 
 /** What is shown where something is empty, failed or still to come. */
 export function stateNote(kind, title, text, ...more) {
-  return h("div", { class: `state-note ${kind}`, role: kind === "failed" ? "alert" : "note" },
-    h("strong", {}, title), text ? h("p", {}, text) : null, ...more);
+  return h(
+    "div",
+    { class: `state-note ${kind}`, role: kind === "failed" ? "alert" : "note" },
+    h("strong", {}, title),
+    text ? h("p", {}, text) : null,
+    ...more,
+  );
 }
 
 /** Says something to screen readers without moving anything on the page. */

@@ -18,7 +18,9 @@ export function effectsView(found, latent) {
   const detail = h("div", { class: "effect-detail" });
   const shown = tokens.slice(first, end);
   const strip = tokenStrip({
-    tokens: shown, at: at - first, className: "pickable",
+    tokens: shown,
+    at: at - first,
+    className: "pickable",
     label: `Effects of ablating latent ${latent} at the token “${tokenText(tokens[at])}”`,
     paint: (i) => changeOf(effectOn(i + first)?.loss_change, most),
     tip: (i) => tipLines(i + first, at, effectOn(i + first)),
@@ -29,19 +31,51 @@ export function effectsView(found, latent) {
     strip.pick(i - first);
     drawDetail(detail, tokens[i] ?? null, effectOn(i));
   };
-  const worst = positions.reduce((best, one, j) => (Math.abs(one.loss_change ?? 0) > Math.abs(positions[best].loss_change ?? 0) ? j : best), 0);
-  const head = h("div", { class: "effects-head" },
-    h("span", {}, h("b", {}, `Without latent ${latent}`), " at the marked token, the loss of later tokens changes by up to ", h("b", {}, `${number(most)} nats`)),
-    scaleOf(most), found.sparsity !== null && found.sparsity !== undefined
-      ? h("span", { data: { tip: "The share of logits that it changes, so to speak: (L1 / L2)² of the changes, over their number, of the next 16 tokens. 64 % where changes are Gaussian noise." } }, `spread over ${percent(found.sparsity)} of logits`) : null);
+  const worst = positions.reduce(
+    (best, one, j) => (Math.abs(one.loss_change ?? 0) > Math.abs(positions[best].loss_change ?? 0) ? j : best),
+    0,
+  );
+  const head = h(
+    "div",
+    { class: "effects-head" },
+    h(
+      "span",
+      {},
+      h("b", {}, `Without latent ${latent}`),
+      " at the marked token, the loss of later tokens changes by up to ",
+      h("b", {}, `${number(most)} nats`),
+    ),
+    scaleOf(most),
+    found.sparsity !== null && found.sparsity !== undefined
+      ? h(
+          "span",
+          {
+            data: {
+              tip:
+                "The share of logits that it changes, so to speak: (L1 / L2)² of the changes, over their number, of " +
+                "the next 16 tokens. 64 % where changes are Gaussian noise.",
+            },
+          },
+          `spread over ${percent(found.sparsity)} of logits`,
+        )
+      : null,
+  );
   const view = h("div", { class: "effects" }, head, strip, detail);
   choose(at + 1 + worst);
   return view;
 }
 
 function scaleOf(most) {
-  return h("span", { class: "scale change", "aria-label": `Colours: from ${number(-most)} (easier without it) to ${signed(most)} nats (harder without it)` },
-    number(-most), h("i"), signed(most));
+  return h(
+    "span",
+    {
+      class: "scale change",
+      "aria-label": `Colours: from ${number(-most)} (easier without it) to ${signed(most)} nats (harder without it)`,
+    },
+    number(-most),
+    h("i"),
+    signed(most),
+  );
 }
 
 function tipLines(i, at, effect) {
@@ -51,15 +85,39 @@ function tipLines(i, at, effect) {
 }
 
 function drawDetail(detail, text, effect) {
-  const votes = (title, entries) => h("div", {}, h("div", { class: "list-title" }, title),
-    h("ol", { class: "rank" }, entries.slice(0, 5).map((vote) => h("li", {},
-      h("span", { class: "what" }, tokenLabel(vote.text)),
-      h("span", { class: "num" }, h("b", {}, signed(vote.logit)), signedPercent(vote.probability))))));
-  fill(detail,
-    h("div", {}, h("div", { class: "list-title" }, "Predicting"), h("p", {}, text === null ? "what follows the context" : tokenLabel(text)),
+  const votes = (title, entries) =>
+    h(
+      "div",
+      {},
+      h("div", { class: "list-title" }, title),
+      h(
+        "ol",
+        { class: "rank" },
+        entries
+          .slice(0, 5)
+          .map((vote) =>
+            h(
+              "li",
+              {},
+              h("span", { class: "what" }, tokenLabel(vote.text)),
+              h("span", { class: "num" }, h("b", {}, signed(vote.logit)), signedPercent(vote.probability)),
+            ),
+          ),
+      ),
+    );
+  fill(
+    detail,
+    h(
+      "div",
+      {},
+      h("div", { class: "list-title" }, "Predicting"),
+      h("p", {}, text === null ? "what follows the context" : tokenLabel(text)),
       h("p", {}, h("b", {}, signed(effect.loss_change)), h("span", { class: "dim" }, " nats of loss")),
-      h("p", {}, h("b", {}, number(effect.kl)), h("span", { class: "dim" }, " nats of KL"))),
-    votes("Likelier without it (logit, probability)", effect.up), votes("Less likely without it", effect.down));
+      h("p", {}, h("b", {}, number(effect.kl)), h("span", { class: "dim" }, " nats of KL")),
+    ),
+    votes("Likelier without it (logit, probability)", effect.up),
+    votes("Less likely without it", effect.down),
+  );
 }
 
 /** A change of a probability, nothing where nobody would notice it. */

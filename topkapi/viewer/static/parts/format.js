@@ -28,18 +28,24 @@ export const signed = (value, digits = 3) => (value > 0 ? "+" : "") + number(val
 
 /** A count in full, thousands apart. */
 export function count(value) {
-  return value === null || value === undefined ? GAP : Math.round(value).toLocaleString("en-GB").replaceAll(",", "\u202f");
+  return value === null || value === undefined
+    ? GAP
+    : Math.round(value).toLocaleString("en-GB").replaceAll(",", "\u202f");
 }
 
 /** 12.3 %. */
 export function percent(share, digits = 3) {
   if (share === null || share === undefined || Number.isNaN(share)) return GAP;
   const size = Math.abs(share * 100);
-  return `${share < 0 ? MINUS : ""}${size > 0 && size < 1e-3 ? exponent(size, digits) : size === 0 ? "0" : plain(size, digits)}\u202f%`;
+  const text = size === 0 ? "0" : size < 1e-3 ? exponent(size, digits) : plain(size, digits);
+  return `${share < 0 ? MINUS : ""}${text}\u202f%`;
 }
 
 /** A number on an axis: no zeros that say nothing. */
-export const tick = (value) => (value === 0 || (Math.abs(value) >= 1e-3 && Math.abs(value) < 1e5) ? String(Number(value.toPrecision(3))).replace("-", MINUS) : number(value, 2).replace(".0e", "e"));
+export const tick = (value) =>
+  value === 0 || (Math.abs(value) >= 1e-3 && Math.abs(value) < 1e5)
+    ? String(Number(value.toPrecision(3))).replace("-", MINUS)
+    : number(value, 2).replace(".0e", "e");
 
 /** [low, high]. */
 export const interval = (pair, write = number) => (pair ? `[${write(pair[0])}, ${write(pair[1])}]` : "");
@@ -47,7 +53,9 @@ export const interval = (pair, write = number) => (pair ? `[${write(pair[0])}, $
 /** A power of ten as an axis writes it. */
 export const powerOfTen = (exponentOf10) => {
   const near = Math.round(exponentOf10);
-  return Math.abs(exponentOf10 - near) < 1e-9 && (near < -2 || near > 4) ? `1e${near}` : tick(Number((10 ** exponentOf10).toPrecision(2)));
+  return Math.abs(exponentOf10 - near) < 1e-9 && (near < -2 || near > 4)
+    ? `1e${near}`
+    : tick(Number((10 ** exponentOf10).toPrecision(2)));
 };
 
 /** A token as people can read it: what is blank becomes visible. Returns pieces [text, isMark]. */

@@ -78,7 +78,8 @@ function floatKeys(values) {
 /** Rank of each text in the order of the reader's language. */
 function ranksOf(texts) {
   const compare = new Intl.Collator(undefined, { numeric: true }).compare;
-  const order = [...texts.keys()].sort((a, b) => compare(texts[a].trimStart(), texts[b].trimStart()) || a - b);
+  const trimmed = texts.map((text) => text.trimStart());
+  const order = [...texts.keys()].sort((a, b) => compare(trimmed[a], trimmed[b]) || a - b);
   const ranks = new Uint32Array(texts.length);
   order.forEach((at, rank) => (ranks[at] = rank));
   return ranks;

@@ -16,24 +16,42 @@ export function steeringPanel({ backend, state, prompt, remember, index }) {
   const results = h("div", {});
   const work = new Work(results);
   const inputs = {
-    T: h("input", { type: "number", min: 0, max: 5, step: 0.1 }), seed: h("input", { type: "number", min: 0, step: 1 }),
-    n: h("input", { type: "number", min: 1, max: limits.samples, step: 1 }), new: h("input", { type: "number", min: 1, max: limits.new_tokens, step: 1 }),
-    pattern: h("input", { type: "text", placeholder: "regular expression to count", spellcheck: false, autocomplete: "off" }),
+    T: h("input", { type: "number", min: 0, max: 5, step: 0.1 }),
+    seed: h("input", { type: "number", min: 0, step: 1 }),
+    n: h("input", { type: "number", min: 1, max: limits.samples, step: 1 }),
+    new: h("input", { type: "number", min: 1, max: limits.new_tokens, step: 1 }),
+    pattern: h("input", {
+      type: "text",
+      placeholder: "regular expression to count",
+      spellcheck: false,
+      autocomplete: "off",
+    }),
   };
   const button = h("button", { type: "button", class: "main", on: { click: () => run() } }, "Write");
   let ready = false;
   const settle = () => (button.disabled = !ready || !edits.length);
   const keep = () => {
-    remember({ edits: edits.map(({ latent, value, unit, where }) => [latent, value, unit === "maximum" ? "m" : "a", where].join(":")).join(";") });
+    remember({
+      edits: edits
+        .map(({ latent, value, unit, where }) => [latent, value, unit === "maximum" ? "m" : "a", where].join(":"))
+        .join(";"),
+    });
     settle();
   };
   const draw = () => {
-    const drawn = edits.map((edit) => editRow(edit, backend.about.n_latents, index, keep, () => {
-      edits = edits.filter((other) => other !== edit);
-      draw();
-      keep();
-    }));
-    fill(rows, drawn.length ? drawn : h("p", { class: "small" }, "Add a latent to clamp while the model writes on from the prompt."));
+    const drawn = edits.map((edit) =>
+      editRow(edit, backend.about.n_latents, index, keep, () => {
+        edits = edits.filter((other) => other !== edit);
+        draw();
+        keep();
+      }),
+    );
+    fill(
+      rows,
+      drawn.length
+        ? drawn
+        : h("p", { class: "small" }, "Add a latent to clamp while the model writes on from the prompt."),
+    );
     settle();
   };
   const add = (latent = "") => {
@@ -56,36 +74,90 @@ export function steeringPanel({ backend, state, prompt, remember, index }) {
   async function run() {
     const text = prompt();
     const asked = {
-      text, edits: edits.map(({ latent, value, unit, where }) => ({ latent: Number(latent), value: Number(value), unit, where })),
-      n_samples: Number(inputs.n.value), n_tokens: Number(inputs.new.value), temperature: Number(inputs.T.value), seed: Number(inputs.seed.value), pattern: inputs.pattern.value,
+      text,
+      edits: edits.map(({ latent, value, unit, where }) => ({
+        latent: Number(latent),
+        value: Number(value),
+        unit,
+        where,
+      })),
+      n_samples: Number(inputs.n.value),
+      n_tokens: Number(inputs.new.value),
+      temperature: Number(inputs.T.value),
+      seed: Number(inputs.seed.value),
+      pattern: inputs.pattern.value,
     };
     remember({ text });
     const found = await work.run("Writing", (progress, signal) => backend.work("steer", asked, progress, signal));
     if (found) fill(results, resultView(found, asked.pattern));
   }
 
-  const element = card("Clamp and write", { className: "steering", info: "The latents are set to these values while the model writes; the same random numbers are used with and without. What the autoencoder does not explain stays as it is.",
-    beside: h("button", { type: "button", on: { click: () => add() } }, "Add a latent") },
-  rows,
-  h("div", { class: "settings" }, field("Temperature", inputs.T), field("Seed", inputs.seed), field("Samples", inputs.n), field("New tokens", inputs.new), field("Count a pattern", inputs.pattern), button),
-  results);
+  const element = card(
+    "Clamp and write",
+    {
+      className: "steering",
+      info:
+        "The latents are set to these values while the model writes; the same random numbers are used with " +
+        "and without. What the autoencoder does not explain stays as it is.",
+      beside: h("button", { type: "button", on: { click: () => add() } }, "Add a latent"),
+    },
+    rows,
+    h(
+      "div",
+      { class: "settings" },
+      field("Temperature", inputs.T),
+      field("Seed", inputs.seed),
+      field("Samples", inputs.n),
+      field("New tokens", inputs.new),
+      field("Count a pattern", inputs.pattern),
+      button,
+    ),
+    results,
+  );
   setState(state);
-  return { element, add, setState, close: () => work.cancel(), setReady: (yes) => { ready = yes; settle(); } };
+  return {
+    element,
+    add,
+    setState,
+    close: () => work.cancel(),
+    setReady: (yes) => {
+      ready = yes;
+      settle();
+    },
+  };
 }
 
 function readEdits(text) {
-  return (text ?? "").split(";").filter(Boolean).map((part) => {
-    const [latent, value = "2", unit = "m", where = "all"] = part.split(":");
-    return { latent, value, unit: unit === "a" ? "absolute" : "maximum", where: where === "active" ? "active" : "all" };
-  });
+  return (text ?? "")
+    .split(";")
+    .filter(Boolean)
+    .map((part) => {
+      const [latent, value = "2", unit = "m", where = "all"] = part.split(":");
+      return {
+        latent,
+        value,
+        unit: unit === "a" ? "absolute" : "maximum",
+        where: where === "active" ? "active" : "all",
+      };
+    });
 }
 
 function editRow(edit, nLatents, index, keep, remove) {
   const latent = h("input", { type: "number", min: 0, max: nLatents - 1, step: 1, value: edit.latent });
   const slider = h("input", { type: "range", min: -REACH, max: REACH, step: 0.05 });
   const value = h("input", { type: "number", step: "any", value: edit.value });
-  const unit = h("select", {}, h("option", { value: "maximum" }, "× maximum"), h("option", { value: "absolute" }, "absolute"));
-  const where = h("select", {}, h("option", { value: "all" }, "at all tokens"), h("option", { value: "active" }, "where it is active"));
+  const unit = h(
+    "select",
+    {},
+    h("option", { value: "maximum" }, "× maximum"),
+    h("option", { value: "absolute" }, "absolute"),
+  );
+  const where = h(
+    "select",
+    {},
+    h("option", { value: "all" }, "at all tokens"),
+    h("option", { value: "active" }, "where it is active"),
+  );
   unit.value = edit.unit;
   where.value = edit.where;
   const maximum = () => index()?.maximum[Number(latent.value)] || 1;
@@ -102,8 +174,14 @@ function editRow(edit, nLatents, index, keep, remove) {
     value.value = String(Number((Number(slider.value) * perUnit()).toPrecision(4)));
     changed();
   });
-  value.addEventListener("input", () => { showSlider(); changed(); });
-  latent.addEventListener("input", () => { showSlider(); changed(); });
+  value.addEventListener("input", () => {
+    showSlider();
+    changed();
+  });
+  latent.addEventListener("input", () => {
+    showSlider();
+    changed();
+  });
   unit.addEventListener("change", () => {
     const times = Number(slider.value);
     value.value = String(Number((times * perUnit()).toPrecision(4)));
@@ -113,29 +191,72 @@ function editRow(edit, nLatents, index, keep, remove) {
   showSlider();
   const sliderField = field("Value", slider);
   sliderField.classList.add("slider");
-  return h("div", { class: "edit" }, field("Latent", latent), sliderField, field("Number", value), field("Unit", unit), field("Where", where),
-    h("button", { class: "icon", type: "button", "aria-label": `Remove latent ${edit.latent}`, on: { click: remove } }, "✕"));
+  return h(
+    "div",
+    { class: "edit" },
+    field("Latent", latent),
+    sliderField,
+    field("Number", value),
+    field("Unit", unit),
+    field("Where", where),
+    h(
+      "button",
+      { class: "icon", type: "button", "aria-label": `Remove latent ${edit.latent}`, on: { click: remove } },
+      "✕",
+    ),
+  );
 }
 
 function resultView({ samples, counts, mean_kl: meanKl }, pattern) {
   const most = Math.max(1e-6, ...samples.flatMap((sample) => sample.kl.filter(Number.isFinite)));
-  return h("div", { class: "steered" },
-    h("div", { class: "counts small" },
+  return h(
+    "div",
+    { class: "steered" },
+    h(
+      "div",
+      { class: "counts small" },
       h("span", {}, h("b", {}, number(meanKl)), " nats of KL a token"),
       counts ? [countOf("without", counts.clean, pattern), countOf("clamped", counts.steered, pattern)] : null,
-      h("span", { class: "scale heat", "aria-label": `Colour: KL from 0 to ${number(most)} nats` }, "KL 0", h("i"), number(most))),
-    h("div", { class: "pairs" }, h("h3", { class: "list-title" }, "Without"), h("h3", { class: "list-title" }, "Clamped, coloured by KL; faint as long as both are the same"),
-      samples.flatMap((sample, s) => pair(sample, s, most))));
+      h(
+        "span",
+        { class: "scale heat", "aria-label": `Colour: KL from 0 to ${number(most)} nats` },
+        "KL 0",
+        h("i"),
+        number(most),
+      ),
+    ),
+    h(
+      "div",
+      { class: "pairs" },
+      h("h3", { class: "list-title" }, "Without"),
+      h("h3", { class: "list-title" }, "Clamped, coloured by KL; faint as long as both are the same"),
+      samples.flatMap((sample, s) => pair(sample, s, most)),
+    ),
+  );
 }
 
 function countOf(name, count, pattern) {
-  return h("span", { data: { tip: `Samples in which ${pattern} occurs` } }, `${name}: `, h("b", {}, `${count.n} of ${count.of}`), ` ${interval([count.low, count.high], (share) => percent(share, 2))}`);
+  return h(
+    "span",
+    { data: { tip: `Samples in which ${pattern} occurs` } },
+    `${name}: `,
+    h("b", {}, `${count.n} of ${count.of}`),
+    ` ${interval([count.low, count.high], (share) => percent(share, 2))}`,
+  );
 }
 
 function pair({ clean, steered, kl, first_difference: first }, s, most) {
   const strips = [
     tokenStrip({ tokens: clean, label: `Sample ${s + 1} without clamping`, paint: () => null }),
-    tokenStrip({ tokens: steered, label: `Sample ${s + 1} with clamping`, paint: (i) => heatOf(kl[i], most), tip: (i) => [`KL ${number(kl[i])} nats`, first !== null && i >= first ? "after the first difference" : "the same as without"] }),
+    tokenStrip({
+      tokens: steered,
+      label: `Sample ${s + 1} with clamping`,
+      paint: (i) => heatOf(kl[i], most),
+      tip: (i) => [
+        `KL ${number(kl[i])} nats`,
+        first !== null && i >= first ? "after the first difference" : "the same as without",
+      ],
+    }),
   ];
   for (const strip of strips) {
     strip.querySelectorAll(".token").forEach((token, i) => {

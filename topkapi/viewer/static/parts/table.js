@@ -15,9 +15,22 @@ export class VirtualTable {
     this.pool = [];
     this.heads = columns.map((column) => this.head(column, onSort));
     this.body = h("div", { class: "vt-body", role: "rowgroup" });
-    this.scroller = h("div", { class: "vt-scroll", tabIndex: 0, role: "table", "aria-label": label,
-      on: { scroll: oncePerFrame(() => this.draw()), keydown: (event) => this.onKey(event), click: (event) => this.onClick(event) } },
-      h("div", { class: "vt-row vt-head", role: "row", "aria-rowindex": "1" }, this.heads), this.body);
+    this.scroller = h(
+      "div",
+      {
+        class: "vt-scroll",
+        tabIndex: 0,
+        role: "table",
+        "aria-label": label,
+        on: {
+          scroll: oncePerFrame(() => this.draw()),
+          keydown: (event) => this.onKey(event),
+          click: (event) => this.onClick(event),
+        },
+      },
+      h("div", { class: "vt-row vt-head", role: "row", "aria-rowindex": "1" }, this.heads),
+      this.body,
+    );
     this.scroller.addEventListener("pointerover", (event) => {
       const row = event.target.closest(".vt-row[data-at]");
       if (row && !event.buttons) onPoint(this.items[Number(row.dataset.at)]);
@@ -32,8 +45,14 @@ export class VirtualTable {
   }
 
   head(column, onSort) {
-    const inside = column.sortable === false ? column.title
-      : h("button", { type: "button", data: column.tip ? { tip: column.tip } : {}, on: { click: () => onSort(column.name) } }, column.title);
+    const inside =
+      column.sortable === false
+        ? column.title
+        : h(
+            "button",
+            { type: "button", data: column.tip ? { tip: column.tip } : {}, on: { click: () => onSort(column.name) } },
+            column.title,
+          );
     return h("div", { class: `vt-cell ${column.className ?? ""}`, role: "columnheader" }, inside);
   }
 
@@ -74,13 +93,16 @@ export class VirtualTable {
     while (this.pool.length < end - first) this.pool.push(this.newRow());
     const shift = this.scroller.scrollTop - above;
     const free = this.pool.filter((row) => afresh || row.at < first || row.at >= end);
-    const placed = new Set(afresh ? [] : this.pool.filter((row) => row.at >= first && row.at < end).map((row) => row.at));
+    const placed = new Set(
+      afresh ? [] : this.pool.filter((row) => row.at >= first && row.at < end).map((row) => row.at),
+    );
     for (let at = first; at < end; at++) if (!placed.has(at)) this.place(free.shift(), at);
     for (const row of free) {
       row.at = -1;
       row.element.hidden = true;
     }
-    for (const row of this.pool) if (row.at >= 0) row.element.style.transform = `translateY(${row.at * this.rowHeight + shift}px)`;
+    for (const row of this.pool)
+      if (row.at >= 0) row.element.style.transform = `translateY(${row.at * this.rowHeight + shift}px)`;
   }
 
   newRow() {

@@ -6,7 +6,10 @@ const note = h("div", { class: "tip", id: "tip", role: "tooltip", hidden: true }
 
 /** Shows lines (texts or elements) beside a rectangle of the window: {left, top, right, bottom}. */
 export function showTip(rect, ...lines) {
-  fill(note, lines.map((line) => (typeof line === "string" ? h("div", {}, line) : line)));
+  fill(
+    note,
+    lines.map((line) => (typeof line === "string" ? h("div", {}, line) : line)),
+  );
   note.hidden = false;
   const { width, height } = note.getBoundingClientRect();
   const left = Math.max(8, Math.min(innerWidth - width - 8, (rect.left + rect.right) / 2 - width / 2));

@@ -6,12 +6,18 @@ import { hideTip, showTip } from "./tips.js";
 
 /** A single token by itself, blanks visible. */
 export function tokenLabel(text, className = "") {
-  return h("span", { class: `tok-label ${className}` },
-    tokenPieces(text).map(([piece, mark]) => (mark ? h("span", { class: "mark" }, piece) : piece)));
+  return h(
+    "span",
+    { class: `tok-label ${className}` },
+    tokenPieces(text).map(([piece, mark]) => (mark ? h("span", { class: "mark" }, piece) : piece)),
+  );
 }
 
 /** The same as plain text, for labels and titles. */
-export const tokenText = (text) => tokenPieces(text).map(([piece]) => piece).join("");
+export const tokenText = (text) =>
+  tokenPieces(text)
+    .map(([piece]) => piece)
+    .join("");
 
 /** Replaces what is in a cell by a token. */
 export function setToken(cell, text) {
@@ -78,7 +84,8 @@ function tokenSpan(text, i, marked) {
   if (/^ +$/.test(text)) return [blankSpan(text, i, marked)];
   const span = h("span", { class: marked ? "token at" : "token", tabIndex: -1, data: { i } });
   for (const part of text.split(/(\n|⏎|\r|\t)/)) {
-    if (part === "\n" || part === "⏎") span.append(h("span", { class: "mark" }, "⏎"), h("span", { class: "break" }, "\n"));
+    if (part === "\n" || part === "⏎")
+      span.append(h("span", { class: "mark" }, "⏎"), h("span", { class: "break" }, "\n"));
     else if (part === "\r") span.append(h("span", { class: "mark" }, "␍"));
     else if (part === "\t") span.append(h("span", { class: "mark" }, "⇥"), " ");
     else if (part) span.append(part);
@@ -88,8 +95,12 @@ function tokenSpan(text, i, marked) {
 
 /** Spaces alone: shown as a sign where they are marked or warm, and as they are elsewhere. */
 function blankSpan(text, i, marked) {
-  return h("span", { class: marked ? "token blank at" : "token blank", tabIndex: -1, data: { i } },
-    h("span", { class: "space" }, text), h("span", { class: "mark" }, "␣".repeat(text.length)));
+  return h(
+    "span",
+    { class: marked ? "token blank at" : "token blank", tabIndex: -1, data: { i } },
+    h("span", { class: "space" }, text),
+    h("span", { class: "mark" }, "␣".repeat(text.length)),
+  );
 }
 
 function setHeat(piece, heat) {
@@ -100,7 +111,8 @@ function setHeat(piece, heat) {
 }
 
 /** Heat of a value beside the largest there can be. */
-export const heatOf = (value, most) => (value > 0 && most > 0 ? { kind: "heat", share: 0.12 + 0.88 * (value / most) } : null);
+export const heatOf = (value, most) =>
+  value > 0 && most > 0 ? { kind: "heat", share: 0.12 + 0.88 * (value / most) } : null;
 
 /** Heat of a change on the diverging scale: `rise` above 0, `fall` below. */
 export function changeOf(change, most) {
