@@ -20,6 +20,7 @@ from topkapi.viewer.model_api import LIMITS
 from topkapi.viewer.opened import Opened
 
 LATENTS_A_FILE = 256
+LIVE, EXPORTED = '<html lang="en">', '<html lang="en" data-backend="static">'  # an exported page asks no server first
 WHY_OFF = "these are files without a server: start topkapi view for what the language model computes."
 
 
@@ -33,12 +34,15 @@ def export(run: Path, study: Study, out: Path, n_examples: int, votes: bool) -> 
             and the language model does not load.
     """
     _require_free(out)
+    out = out.absolute()  # "." has no name to put another beside
     temporary = out.with_name(f".{out.name}.tmp")
     opened = Opened(run, study, model=votes)
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed process
     try:
         opened.start()
         shutil.copytree(STATIC, temporary)
+        page = temporary / "index.html"
+        page.write_text(page.read_text(encoding="utf-8").replace(LIVE, EXPORTED, 1), encoding="utf-8")
         _write(opened, temporary / "api", n_examples)
         if out.exists():
             shutil.rmtree(out)
