@@ -74,6 +74,15 @@ def test_tokens_are_those_of_uncached_sampling(make, temperature):
                 tokens = torch.cat([tokens, torch.tensor([[token]])], 1)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "neox"])
+def test_only_the_last_token_of_a_prompt_has_logits(make, family):
+    lm, shapes = make(family).lm, []
+    handle = lm.model.get_output_embeddings().register_forward_hook(lambda _m, _i, out: shapes.append(out.shape[1]))
+    lm.next_logits(PROMPT)
+    handle.remove()
+    assert shapes == [1]
+
+
 def test_kl_is_of_the_steered_text(make):
     spliced = make()
     found = sample(spliced, PROMPT, PUSH, 2, 6, temperature=0.05)
