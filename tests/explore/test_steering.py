@@ -182,6 +182,7 @@ def test_mistakes_are_named(make):
         ((2, 0), "2 samples of 0 tokens"),
         ((2, 4, 0.0), "temperature must be more than 0"),
         ((2, 4, float("inf")), "temperature"),
+        ((2, 4, 1.0, -1), "seed must be 0 or more"),
         ((2, 123), "has 6 tokens and 123 are to follow"),
     ]:
         with pytest.raises(TopkapiError, match=match):
