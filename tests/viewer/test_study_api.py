@@ -169,6 +169,13 @@ def test_the_whole_dictionary(client, study):
     assert len(found["training"]["tokens"]) == len(found["training"]["series"]["normalized_mse"]) > 0
 
 
+def test_damaged_lines_of_metrics_are_passed_over(client, run):
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    damaged = ["", "{", "[]", '{"step": 1}', '{"tokens": null}', '{"tokens": "many", "l0": 3}']
+    (run / "metrics.jsonl").write_text("\n".join([*damaged, *lines]))
+    assert len(client.get("/api/global").json()["training"]["tokens"]) == len(lines)
+
+
 def test_runs_beside_are_listed_and_broken_ones_passed_over(client, run):
     (run.parent / "broken").mkdir()
     (run.parent / "broken" / "config.json").write_text("{")
