@@ -298,6 +298,24 @@ def test_those_who_wait_are_told_and_too_many_are_refused(worker):
     assert last == [{"result": {}}] * (1 + MOST_WAITING)
 
 
+def test_those_who_went_away_take_nobodys_place(worker):
+    go_on = threading.Event()
+
+    async def crowd():
+        first = worker.lines(lambda _spliced, _report: {"waited": go_on.wait()})
+        await anext(first)
+        for _ in range(MOST_WAITING):
+            gone = worker.lines(lambda _spliced, _report: {})
+            await anext(gone)
+            await gone.aclose()
+        last = worker.lines(lambda _spliced, _report: {"done": True})
+        await anext(last)
+        go_on.set()
+        return [line async for line in last][-1]
+
+    assert asyncio.run(crowd()) == {"result": {"done": True}}
+
+
 def test_work_that_fails_says_so_and_the_next_is_done(worker, capsys):
     def fail(_spliced, _report):
         raise RuntimeError("secret")
