@@ -180,6 +180,12 @@ def test_few_firings_are_one_mode():
     assert len(find_modes(np.full(50, 0.5, "f4"))) == 1
 
 
+def test_tokenizers_that_begin_texts_with_a_space_are_understood():
+    known = {"he": [3], " he": [1, 3], "a": [2], "a he": [2, 3], "ahe": [2, 5]}
+    texts = Texts(lambda text, add_special_tokens: {"input_ids": known[text]})
+    assert texts.ids_inside(" he") == texts.ids_inside("he") == [3]
+
+
 def test_a_character_of_several_tokens_is_shown_once(texts):
     ids = texts.ids("The café €5 ☃!", whole=False)
     shown = texts.each(ids)
