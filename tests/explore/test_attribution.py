@@ -72,6 +72,14 @@ def test_integrated_gradients_add_up_to_the_change(make, family, activation):
     assert abs(attribute(spliced, TOKENS, UP, DOWN).total.sum() - change) > 2 * gaps[2]
 
 
+def test_a_latent_for_each_of_k_is_still_in_the_order_of_values(make):
+    spliced = make(n_latents=24, k=24)
+    found, h = attribute(spliced, TOKENS, UP, DOWN), 1e-5
+    for latent, total in zip(found.latents[:6].tolist(), found.total, strict=False):
+        above, below = (metric_of(spliced.logits(TOKENS, [Edit(latent, "scale", 1 + d)])) for d in (h, -h))
+        assert (above - below) / (2 * h) == pytest.approx(total, rel=1e-5, abs=1e-8)
+
+
 def test_measured_ablations_equal_edits(make):
     spliced = make("gpt2", "mlp_out.0")
     spliced.lm.batch_contexts = 4  # several batches, the last one short

@@ -142,6 +142,8 @@ def test_steer_counts(run, tmp_path, capsys):
         ),
         (["steer", "RUN", "--prompt", PROMPT, "--ablate", "3", "--tokens", "500"], "and 500 new ones"),
         (["steer", "RUN", "--prompt", PROMPT, "--ablate", "3", "--count", "("], "no regular expression"),
+        (["steer", "RUN", "--prompt", PROMPT, "--ablate", "3", "--count", "a{99999999999}"], "no regular expression"),
+        (["steer", "RUN", "--prompt", PROMPT, "--ablate", "3", "--seed", "-1"], "seed must be 0 or more"),
         (["steer", "RUN", "--prompt", PROMPT, "--ablate", "3", "--count", "a", "--words", "b"], "give one"),
         (["steer", "RUN", "--prompt", PROMPT, "--ablate", "3", "--words", "/nowhere"], "cannot be read"),
         (["steer", "BARE", "--prompt", PROMPT, "--clamp", "3=5x"], "multiple of latent 3's maximum needs a study"),

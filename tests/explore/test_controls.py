@@ -64,5 +64,8 @@ def test_nearness_is_relative():
 def test_mistakes_are_named(study):
     with pytest.raises(TopkapiError, match=r"latent 61 never fired in the 1,000 tokens of here"):
         matched_controls(study, [Edit(61, "ablate")], 2)
+    for n_controls, seed in ((-1, 0), (2, -1)):
+        with pytest.raises(TopkapiError, match="must be 0 or more"):
+            matched_controls(study, [Edit(1, "ablate")], n_controls, seed)
     with pytest.raises(TopkapiError, match=r"60 controls of 1 latents each need 60 other latents .* there are 59"):
         matched_controls(study, [Edit(1, "ablate")], 60)

@@ -74,6 +74,15 @@ def test_tokens_are_those_of_uncached_sampling(make, temperature):
                 tokens = torch.cat([tokens, torch.tensor([[token]])], 1)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "neox"])
+def test_only_the_last_token_of_a_prompt_has_logits(make, family):
+    lm, shapes = make(family).lm, []
+    handle = lm.model.get_output_embeddings().register_forward_hook(lambda _m, _i, out: shapes.append(out.shape[1]))
+    lm.next_logits(PROMPT)
+    handle.remove()
+    assert shapes == [1]
+
+
 def test_kl_is_of_the_steered_text(make):
     spliced = make()
     found = sample(spliced, PROMPT, PUSH, 2, 6, temperature=0.05)
@@ -173,6 +182,7 @@ def test_mistakes_are_named(make):
         ((2, 0), "2 samples of 0 tokens"),
         ((2, 4, 0.0), "temperature must be more than 0"),
         ((2, 4, float("inf")), "temperature"),
+        ((2, 4, 1.0, -1), "seed must be 0 or more"),
         ((2, 123), "has 6 tokens and 123 are to follow"),
     ]:
         with pytest.raises(TopkapiError, match=match):

@@ -115,6 +115,7 @@ def test_mistakes_of_the_commands_are_one_line(run, tmp_path, capsys):
         (["view", "--port", "1"], "needs a run first"),
         (["view", str(run), "--port", "70000"], "port"),
         (["view", str(run), "--host", "1.2.3.4", "--port", "0"], "cannot listen"),
+        (["view", str(run), "--host", "127.0.0..1", "--port", "0"], "cannot listen"),
         (["view", str(run), "--study", str(tmp_path / "other")], f"topkapi study {run} --tokens 16000 --out"),
     ]
     for arguments, said in cases:

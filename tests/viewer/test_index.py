@@ -13,11 +13,13 @@ import pytest
 
 import topkapi.study
 from topkapi.data.language_model import load_tokenizer
+from topkapi.errors import TopkapiError
 from topkapi.statistics.modes import count_modes
 from topkapi.train import saved_config
 from topkapi.viewer import index as index_module
 from topkapi.viewer.binary import pack, unpack
-from topkapi.viewer.index import FILE, Index
+from topkapi.viewer.columns import table
+from topkapi.viewer.index import FILE, NO_TOKEN, Index
 from topkapi.viewer.modes import FEWEST, MOST_FIRINGS, dip, find_modes
 from topkapi.viewer.texts import Texts
 
@@ -57,7 +59,7 @@ def test_it_is_read_again_without_being_made(study, texts, monkeypatch):
         np.testing.assert_array_equal(again.arrays[name], array)
 
 
-@pytest.mark.parametrize("damage", ["cut", "changed", "empty", "folder", "other study"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "token", "empty", "folder", "other study"])
 def test_one_that_is_not_whole_or_of_another_study_is_made_again(study, texts, damage):
     first = built(study, texts)
     path = study.folder / FILE
@@ -68,7 +70,14 @@ def test_one_that_is_not_whole_or_of_another_study_is_made_again(study, texts, d
     elif damage == "other study":
         study.header["files"]["values"]["sha256"] = "0" * 64
     else:
-        path.write_bytes({"cut": data[:-40], "changed": data[:-20] + b"x" + data[-19:], "empty": b""}[damage])
+        token = next(token for token in first.tokens if token.isascii() and token.isalpha()).encode()
+        damaged = {
+            "cut": data[:-40],
+            "changed": data[:-20] + b"x" + data[-19:],
+            "token": data.replace(b'"%s"' % token, b'"%s"' % (b"#" * len(token)), 1),
+            "empty": b"",
+        }
+        path.write_bytes(damaged[damage])
     assert not Index(study)._load()
     again = built(study, texts)
     np.testing.assert_array_equal(again.arrays["modes"], first.arrays["modes"])
@@ -83,13 +92,47 @@ def test_a_folder_that_cannot_be_written_keeps_no_index(study, texts, monkeypatc
     assert "Read-only file system" in capsys.readouterr().err
 
 
-def test_it_stops_when_asked_to(study, texts):
+def test_it_stops_when_asked_to(study):
     stop = Event()
     stop.set()
     index = Index(study)
-    index.build(lambda: texts, stop)
+    index.build(lambda: pytest.fail("it read all firings"), stop)
     assert not index.is_ready
     assert not (study.folder / FILE).exists()
+
+
+def test_one_that_cannot_be_made_says_so(study, capsys):
+    def fail():
+        raise TopkapiError("there is no tokenizer")
+
+    index = Index(study)
+    with pytest.raises(TopkapiError):
+        index.build(fail, Event())
+    assert index.facts()["state"] == "failed"
+    assert "there is no tokenizer" in capsys.readouterr().err
+
+
+def test_a_table_has_the_tokens_that_it_counts_from(study, texts):
+    whole = built(study, texts)
+
+    class Filling(Index):
+        """Whoever asks for its tokens gets those before it was made, and finds it made at once."""
+
+        @property
+        def tokens(self):
+            before, self.known = self.known, whole.tokens
+            self.arrays["top_token"][:] = whole.arrays["top_token"]
+            return before
+
+        @tokens.setter
+        def tokens(self, known):
+            self.known = known
+
+    index = Filling(study)
+    for _ in range(2):
+        header, found = unpack(table(study, index))
+        counted = found["top_token"][found["top_token"] != NO_TOKEN]
+        assert (counted < len(header["tokens"])).all()
 
 
 def test_a_study_written_anew_has_its_own(run, study, texts):
@@ -135,6 +178,12 @@ def test_few_firings_are_one_mode():
     assert (mode.low, mode.peak, mode.share) == (0, 2, 1)
     assert mode.high > 9
     assert len(find_modes(np.full(50, 0.5, "f4"))) == 1
+
+
+def test_tokenizers_that_begin_texts_with_a_space_are_understood():
+    known = {"he": [3], " he": [1, 3], "a": [2], "a he": [2, 3], "ahe": [2, 5]}
+    texts = Texts(lambda text, add_special_tokens: {"input_ids": known[text]})
+    assert texts.ids_inside(" he") == texts.ids_inside("he") == [3]
 
 
 def test_a_character_of_several_tokens_is_shown_once(texts):

@@ -90,6 +90,7 @@ def test_a_prompt_has_its_latents(client, spliced):
         assert token["error"] == pytest.approx(float(code.error[0, at]), rel=1e-4)
         values = {int(i): float(v) for i, v in zip(code.indices[0, at], code.values[0, at], strict=True) if v > 0}
         assert dict(token["active"]) == pytest.approx(values, rel=1e-4)
+        assert token["n_active"] == len(values)
     p = spliced.logits(tokens)[0, -1].softmax(-1)
     assert found["next"][0]["id"] == int(p.argmax())
     assert [it["p"] for it in found["next"]] == pytest.approx(p.topk(10).values.tolist(), rel=1e-4)
@@ -109,6 +110,13 @@ def test_attributions_are_measured_beside(client, spliced, home):
     assert (
         ask(client, "attribution", text=TEXT, positive=[" the"], negative=[" a"], verify=0)["rank_correlation"] is None
     )
+
+
+def test_steps_of_an_attribution_are_told(client):
+    values = {"text": TEXT, "positive": [" the"], "negative": [" this"], "verify": 0, "steps": 4}
+    lines = client.post("/api/attribution", json=values).text.splitlines()
+    told = [line["progress"] for line in map(json.loads, lines) if "progress" in line]
+    assert told[-1] == {"done": 5, "total": 5, "what": "attributing"}
 
 
 def test_an_ablation_is_of_the_studys_token(client, study, spliced):
@@ -296,6 +304,24 @@ def test_those_who_wait_are_told_and_too_many_are_refused(worker):
     told, last = asyncio.run(crowd())
     assert all(line["progress"]["what"] == "waiting" for line in told)
     assert last == [{"result": {}}] * (1 + MOST_WAITING)
+
+
+def test_those_who_went_away_take_nobodys_place(worker):
+    go_on = threading.Event()
+
+    async def crowd():
+        first = worker.lines(lambda _spliced, _report: {"waited": go_on.wait()})
+        await anext(first)
+        for _ in range(MOST_WAITING):
+            gone = worker.lines(lambda _spliced, _report: {})
+            await anext(gone)
+            await gone.aclose()
+        last = worker.lines(lambda _spliced, _report: {"done": True})
+        await anext(last)
+        go_on.set()
+        return [line async for line in last][-1]
+
+    assert asyncio.run(crowd()) == {"result": {"done": True}}
 
 
 def test_work_that_fails_says_so_and_the_next_is_done(worker, capsys):

@@ -288,6 +288,49 @@ def test_a_prompt_is_read_attributed_and_continued(window):
     assert (state["n"], state["new"]) == ("2", "6")
 
 
+def test_a_latent_without_a_number_is_not_clamped(window):
+    window.go("#/prompt")
+    window.page.fill("#prompt", "The old river")
+    window.page.get_by_role("button", name="Add a latent").click()
+    write = window.page.get_by_role("button", name="Write", exact=True)
+    assert write.is_disabled()
+    window.page.get_by_label("Latent", exact=True).fill("3")
+    assert write.is_enabled()
+
+
+def test_a_link_to_a_prompt_reads_it_once(window):
+    asked = []
+    window.page.on("request", lambda request: asked.append(request.url) if "api/prompt" in request.url else None)
+    window.go("#/prompt?text=The+old+river", ".prompt-strip .token")
+    assert len(asked) == 1
+
+
+def test_an_index_that_was_made_while_another_page_showed_is_read_again(window):
+    asked, building = [], [True]
+
+    def about(route):
+        answer = route.fetch()
+        found = answer.json()
+        if building:
+            found["index"]["state"] = "building"
+        route.fulfill(response=answer, json=found)
+
+    window.page.route("**/api/about", about)
+    window.page.on("request", lambda request: asked.append(request.url) if "api/columns" in request.url else None)
+    window.go("#/latents", ROWS)
+    window.go("#/runs", "table.runs")
+    building.clear()
+    with window.page.expect_response("**/api/about"):
+        pass
+    window.page.wait_for_timeout(200)
+    window.go("#/latents", ROWS)
+    assert len(asked) == 2
+
+
+def test_a_page_that_there_is_none_of_is_the_table(window):
+    window.go("#/constructor", ROWS)
+
+
 def test_a_label_is_saved_and_there_after_reloading(window, run, busiest):
     window.go(f"#/latent/{busiest}", "#label")
     window.page.fill("#label", "river words")

@@ -5,6 +5,7 @@ labels are written without the lock; the table's columns are not padded; a laten
 """
 
 import json
+import os
 import threading
 
 import numpy as np
@@ -17,6 +18,7 @@ from tests.study.conftest import finished
 from topkapi.errors import TopkapiError
 from topkapi.viewer.app import create_app
 from topkapi.viewer.binary import unpack
+from topkapi.viewer.labels import Labels
 
 
 def wait_for_index(client):
@@ -169,6 +171,13 @@ def test_the_whole_dictionary(client, study):
     assert len(found["training"]["tokens"]) == len(found["training"]["series"]["normalized_mse"]) > 0
 
 
+def test_damaged_lines_of_metrics_are_passed_over(client, run):
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    damaged = ["", "{", "[]", '{"step": 1}', '{"tokens": null}', '{"tokens": "many", "l0": 3}']
+    (run / "metrics.jsonl").write_text("\n".join([*damaged, *lines]))
+    assert len(client.get("/api/global").json()["training"]["tokens"]) == len(lines)
+
+
 def test_runs_beside_are_listed_and_broken_ones_passed_over(client, run):
     (run.parent / "broken").mkdir()
     (run.parent / "broken" / "config.json").write_text("{")
@@ -208,6 +217,14 @@ def test_labels_written_at_the_same_time_are_all_kept(client, run):
         thread.join()
     assert answers == [200] * 80
     assert len(json.loads((run / "labels.json").read_text())["labels"]) == 40
+
+
+def test_labels_of_one_tick_of_the_clock_are_told_apart(run, study):
+    labels = Labels(run, study.identity["autoencoder"], study.n_latents)
+    for text in ("one", "two"):  # as long as each other
+        labels.set({17: {"label": text, "note": ""}})
+        os.utime(labels.path, ns=(10**18, 10**18))
+        assert labels.all()[17]["label"] == text
 
 
 @pytest.mark.parametrize(

@@ -203,8 +203,10 @@ class LanguageModel:
     def next_logits(self, tokens: Int[Tensor, "b new"], cache: Any = None) -> tuple[Float[Tensor, "b vocab"], Any]:
         """Logits after the last of these tokens, which follow those that the cache has seen, and the cache grown by
         them. None is the cache of a beginning."""
+        takes = inspect.signature(self.model.forward).parameters
+        last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}  # those of a long prompt are gigabytes
         with self._lock:
-            out = self.model(input_ids=to_device(tokens, self.device), past_key_values=cache, use_cache=True)
+            out = self.model(input_ids=to_device(tokens, self.device), past_key_values=cache, use_cache=True, **last)
         return _widened(out.logits[:, -1]), out.past_key_values
 
     @contextmanager

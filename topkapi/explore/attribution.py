@@ -91,7 +91,8 @@ def attribute(
     values = torch.where(code.kept[..., None], code.values, 0)[0].double()
     rows, indices = spliced.ae.W_dec.detach(), code.indices[0]
     g = gradient[0].to(rows)
-    slopes = g @ rows.T if indices.shape[1] == len(rows) else matmul_at_sparse_indices(g, rows, indices)
+    is_dense = spliced.ae.activation == "relu"  # all latents, in order
+    slopes = g @ rows.T if is_dense else matmul_at_sparse_indices(g, rows, indices)
     parts = (values * slopes.double() * code.norm[0, :, None]).cpu()
     return _by_latent(float(value), code.indices[0].cpu(), values.cpu(), parts)
 

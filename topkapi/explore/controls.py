@@ -19,8 +19,10 @@ def matched_controls(study: Study, edits: Sequence[Edit], n_controls: int, seed:
     what they are: as decoder rows have unit norm, every control pushes activations as far.
 
     Raises:
-        TopkapiError: an edited latent never fired in the study, or too few others did.
+        TopkapiError: an edited latent never fired in the study, or too few others did; n_controls or seed is below 0.
     """
+    if min(n_controls, seed) < 0:
+        raise TopkapiError(f"controls and seed must be 0 or more; got {n_controls} controls and seed {seed}.")
     fired = np.flatnonzero(study.n_fired > 0)
     edited = sorted({edit.latent for edit in edits})
     if silent := sorted(set(edited) - set(fired.tolist())):

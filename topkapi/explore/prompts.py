@@ -1,6 +1,6 @@
 """Text to tokens and back, for prompts that a person types."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Int
@@ -35,10 +35,7 @@ def single_token(lm: LanguageModel, text: str) -> int:
     Raises:
         TopkapiError: it is none, or several, which the message names.
     """
-    ids = _ids(lm, text)
-    if len(ids) > 1:  # tokenizers that put a space before every text say what follows a letter after that letter
-        before, after = _ids(lm, "a"), _ids(lm, f"a{text}")
-        ids = after[len(before) :] if after[:-1] == before else ids
+    ids = inside(lambda some: _ids(lm, some), text)
     if len(ids) != 1:
         pieces = ", ".join(repr(piece) for piece in texts(lm, ids))
         raise TopkapiError(
@@ -46,6 +43,18 @@ def single_token(lm: LanguageModel, text: str) -> int:
             "Most words inside of a text begin with their space, as in ' he'."
         )
     return ids[0]
+
+
+def inside(ids_of: Callable[[str], list[int]], text: str) -> list[int]:
+    """The tokens of a text; the one that it is behind a letter, where by itself it is several.
+
+    Tokenizers that put a space before every text make two tokens of " he", but one of it inside of a text.
+    """
+    ids = ids_of(text)
+    if len(ids) > 1:
+        before, after = ids_of("a"), ids_of(f"a{text}")
+        ids = after[len(before) :] if after[:-1] == before else ids
+    return ids
 
 
 def _ids(lm: LanguageModel, text: str) -> list[int]:

@@ -86,7 +86,7 @@ def sample(
     Raises:
         TopkapiError: no such latent, a number out of range, or more tokens than the language model can see.
     """
-    _check_sampling(spliced, prompt, n_samples, n_tokens, temperature)
+    _check_sampling(spliced, prompt, n_samples, n_tokens, temperature, seed)
     spliced.check(edits)
     seeds = [[seed, 0, i] for i in range(n_samples)]
     clean, clean_lengths = write(spliced, prompt, (), seeds, n_tokens, temperature, on_token)
@@ -198,7 +198,7 @@ def experiment(
     Raises:
         TopkapiError: fewer than 2 controls, or as `sample`.
     """
-    _check_sampling(spliced, prompt, n_samples, n_tokens, temperature)
+    _check_sampling(spliced, prompt, n_samples, n_tokens, temperature, seed)
     if len(controls) < 2:
         raise TopkapiError(f"an experiment needs 2 controls at least, to see how they differ; got {len(controls)}.")
     for of in (edits, *controls):
@@ -225,12 +225,14 @@ def experiment(
 
 
 def _check_sampling(
-    spliced: Spliced, prompt: Int[Tensor, "1 p"], n_samples: int, n_tokens: int, temperature: float
+    spliced: Spliced, prompt: Int[Tensor, "1 p"], n_samples: int, n_tokens: int, temperature: float, seed: int
 ) -> None:
     if min(n_samples, n_tokens) < 1:
         raise TopkapiError(f"samples and new tokens must be 1 at least; got {n_samples} samples of {n_tokens} tokens.")
     if not 0 < temperature < float("inf"):
         raise TopkapiError(f"temperature must be more than 0 and finite; got {temperature}. For greedy text give 0.01.")
+    if seed < 0:
+        raise TopkapiError(f"seed must be 0 or more; got {seed}.")
     most = spliced.lm.max_context
     if most is not None and prompt.shape[1] + n_tokens > most:
         raise TopkapiError(

@@ -121,7 +121,7 @@ def pattern_of(regex: str, words_file: str) -> re.Pattern[str] | None:
         return re.compile(rf"(?<!\w)(?:{'|'.join(words)})(?!\w)", re.IGNORECASE)
     try:
         return re.compile(regex) if regex else None
-    except re.error as error:
+    except (re.error, ValueError, OverflowError, RecursionError) as error:
         raise TopkapiError(f"--count {regex!r} is no regular expression: {error}.") from None
 
 

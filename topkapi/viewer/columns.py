@@ -23,5 +23,6 @@ def table(study: Study, index: Index) -> bytes:
         "mean": mean.astype("<f4"),
         "maximum": np.where(n_fired > 0, study.arrays["maxima"], np.nan).astype("<f4"),
     }
+    indexed = {name: array.copy() for name, array in index.arrays.items()}  # before their tokens, which come first
     header = {"n_latents": study.n_latents, "n_tokens": study.n_tokens, "tokens": index.tokens}
-    return pack(header, own | index.arrays)
+    return pack(header, own | indexed)

@@ -51,6 +51,7 @@ class Experiments:
                     "kept": bool(code.kept[0, position]),
                     "error": float(code.error[0, position]),
                     "norm": float(code.norm[0, position]),
+                    "n_active": int((code.values[0, position] > 0).sum()),
                     "active": _active(code.values[0, position], code.indices[0, position]),
                 }
                 for position, (token, text) in enumerate(rows)
@@ -70,11 +71,9 @@ class Experiments:
 
         def work(spliced: Spliced, report: Report) -> dict[str, Any]:
             tokens = torch.tensor([list(ids)])
-            report(0, 1 + verify, "attributing")
-            found = attribute(spliced, tokens, positive, negative, steps)
+            found = attribute(spliced, tokens, positive, negative, steps, _counted(report, 1 + steps, "attributing"))
             latents = found.latents[:top].tolist()
-            progress = _counted(report, 1 + min(verify, len(latents)), "ablating")
-            progress(1)
+            progress = _counted(report, min(verify, len(latents)), "ablating")
             measured = measure(spliced, tokens, latents[:verify], positive, negative, progress).tolist()
             known = measured + [None] * (len(latents) - len(measured))
             rows = [

@@ -21,6 +21,7 @@ from topkapi.console import say
 from topkapi.files import sha256_json, write_atomic
 from topkapi.study import Study
 from topkapi.study.invert import ranges
+from topkapi.viewer.answers import to_json
 from topkapi.viewer.binary import pack, unpack
 from topkapi.viewer.modes import MOST_FIRINGS, find_modes
 from topkapi.viewer.texts import Texts
@@ -50,6 +51,8 @@ class Index:
         """Latents whose modes are counted."""
         self.version = 0
         """Raised whenever there is more to show."""
+        self.why = ""
+        """What kept it from being made, if something did."""
 
     @property
     def is_ready(self) -> bool:
@@ -59,24 +62,30 @@ class Index:
     def facts(self) -> dict[str, Any]:
         """How far it is."""
         return {
-            "state": "ready" if self.is_ready else "building",
+            "state": "ready" if self.is_ready else "failed" if self.why else "building",
             "done": self.done,
             "total": self.study.n_latents,
         }
 
     def build(self, texts: Callable[[], Texts], stop: Event) -> None:
-        """Read it from its file, or make it and write that; `stop` ends it early."""
-        if not self._load():
-            self._read_firings(texts)
-            self.version += 1
-            if self._count_modes(stop):
-                self._save()
+        """Read it from its file, or make it and write that; `stop` ends it early. What it raises is said as well."""
+        try:
+            if not self._load() and self._read_firings(texts, stop):
+                self.version += 1
+                if self._count_modes(stop):
+                    self._save()
+        except Exception as error:
+            self.why = str(error) or type(error).__name__
+            say(f"warning: modes, kurtosis and top tokens cannot be shown: {self.why}")
+            raise
         self.version += 1
 
-    def _read_firings(self, texts: Callable[[], Texts]) -> None:
+    def _read_firings(self, texts: Callable[[], Texts], stop: Event) -> bool:
         arrays, offsets = self.study.arrays, self.study.arrays["latent_offsets"]
         strongest = np.full(self.study.n_latents, -1, np.int64)
         for start, end in ranges(offsets, ENTRIES_AT_ONCE):
+            if stop.is_set():
+                return False
             values = np.asarray(arrays["latent_values"][offsets[start] : offsets[end]])
             first = offsets[start : end + 1] - offsets[start]
             fired = np.flatnonzero(np.diff(first))  # `reduceat` knows no empty parts
@@ -88,6 +97,7 @@ class Index:
         ids, which = np.unique(arrays["tokens"][places], return_inverse=True)
         self.tokens = [texts().alone(token) for token in ids.tolist()]
         self.arrays["top_token"][known] = which
+        return True
 
     def _count_modes(self, stop: Event) -> bool:
         offsets, values = (self.study.arrays[name] for name in ("latent_offsets", "latent_values"))
@@ -97,8 +107,8 @@ class Index:
                 if stop.is_set():
                     return False
                 self.arrays["modes"][i] = min(len(find_modes(values[offsets[i] : offsets[i + 1]])), NOT_COUNTED - 1)
-            self.done = end
             self.version += 1
+            self.done = end  # last: who sees that all are counted asks for the table, which must be a new one
         return True
 
     def _identity(self) -> str:
@@ -107,17 +117,20 @@ class Index:
     def _load(self) -> bool:
         try:
             header, arrays = unpack(self.path.read_bytes())
-            whole = header["identity"] == self._identity() and header["sha256"] == _digest(arrays)
+            tokens = header["tokens"]
+            whole = header["identity"] == self._identity() and header["sha256"] == _digest(arrays, tokens)
         except (OSError, ValueError, KeyError, TypeError):
             whole = False
         if whole and arrays.keys() == self.arrays.keys():
-            self.arrays, self.tokens, self.done = arrays, header["tokens"], self.study.n_latents
+            self.tokens, self.arrays = tokens, arrays
+            self.version += 1
+            self.done = self.study.n_latents
         return self.is_ready
 
     def _save(self) -> None:
         header = {
             "identity": self._identity(),
-            "sha256": _digest(self.arrays),
+            "sha256": _digest(self.arrays, self.tokens),
             "n_latents": self.study.n_latents,
             "tokens": self.tokens,
         }
@@ -141,8 +154,8 @@ def _strongest(values: Float32[np.ndarray, " n"], first: Int64[np.ndarray, " par
     return where[np.searchsorted(where, first)]
 
 
-def _digest(arrays: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
+def _digest(arrays: dict[str, np.ndarray], tokens: list[str]) -> str:
+    digest = hashlib.sha256(to_json(tokens))
     for name, array in sorted(arrays.items()):
         digest.update(name.encode() + array.tobytes())
     return digest.hexdigest()

@@ -20,7 +20,7 @@ class Labels:
     def __init__(self, run: Path, autoencoder: str, n_latents: int) -> None:
         self.path, self.autoencoder, self.n_latents = run / LABELS, autoencoder, n_latents
         self._lock = Lock()
-        self._read: tuple[tuple[int, int], dict[int, Label]] = ((0, 0), {})
+        self._read: tuple[tuple[int, ...], dict[int, Label]] = ((), {})
         self.all()
 
     def all(self) -> dict[int, Label]:
@@ -33,7 +33,7 @@ class Labels:
             found = self.path.stat()
         except FileNotFoundError:
             return {}
-        version = (found.st_mtime_ns, found.st_size)
+        version = (found.st_mtime_ns, found.st_size, found.st_ino)  # clocks of file systems tick every few ms
         if version != self._read[0]:
             self._read = (version, self._parsed(self.path.read_text(encoding="utf-8", errors="replace")))
         return self._read[1]

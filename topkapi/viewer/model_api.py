@@ -52,7 +52,7 @@ class ModelApi:
         return self._without_model() or Answer(self.opened.votes(i))
 
     async def tokenise(self, request: Request) -> Response:
-        """The tokens of a text, without any that the tokenizer would put before it. Needs no model."""
+        """The tokens of a part of a text, without any that the tokenizer would put before it. Needs no model."""
         values = await asking.body(request)
         asking.only(values, "text")
         text = asking.text(values, "text", asking.BODY_BYTES)
@@ -60,7 +60,7 @@ class ModelApi:
 
     def _tokenised(self, text: str) -> Response:
         texts = self.opened.texts
-        ids = texts.ids(text, whole=False)
+        ids = texts.ids_inside(text)
         if len(ids) > PROMPT_TOKENS:
             raise Refused(f"the text has {len(ids):,} tokens; at most {PROMPT_TOKENS} are shown.")
         pairs = zip(ids, texts.each(ids), strict=True)
@@ -120,14 +120,15 @@ class ModelApi:
             raise Refused("text is empty.")
         most = min(PROMPT_TOKENS, (self.opened.worker.spliced.lm.max_context or PROMPT_TOKENS + n_new) - n_new)
         if len(ids) > most:
-            raise Refused(f"text has {len(ids):,} tokens; at most {most} fit.")
+            more = f" before {n_new} new ones" if n_new else ""
+            raise Refused(f"text has {len(ids):,} tokens; at most {max(0, most)} fit{more}.")
         return ids
 
     def _tokens(self, values: Object, name: str) -> list[int]:
         """Texts that are one token each."""
         texts, found = self.opened.texts, []
         for text in asking.items(values, name, CHOICES):
-            ids = texts.ids(asking.text({name: text}, name, asking.BODY_BYTES), whole=False)
+            ids = texts.ids_inside(asking.text({name: text}, name, asking.BODY_BYTES))
             if len(ids) != 1:
                 raise Refused(f"{name}: {text[:60]!r} must be one token; it has {len(ids)}: {texts.each(ids[:20])}.")
             found += ids

@@ -120,6 +120,6 @@ def _metrics(line: str) -> dict[str, float | int] | None:
         row = json.loads(line)
     except ValueError:
         return None
-    if not isinstance(row, dict) or "tokens" not in row:
+    if not isinstance(row, dict) or not isinstance(row.get("tokens"), int | float):
         return None
     return {name: value for name, value in row.items() if isinstance(value, int | float)}

@@ -25,7 +25,7 @@ class Pattern:
     def __init__(self, text: str) -> None:
         try:
             re.compile(text)
-        except (re.error, OverflowError, RecursionError) as error:
+        except (re.error, ValueError, OverflowError, RecursionError) as error:
             raise TopkapiError(f"{text[:60]!r} is no regular expression: {error}.") from None
         self.text = text
 

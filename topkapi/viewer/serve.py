@@ -69,8 +69,9 @@ def listening(host: str, port: int) -> socket.socket:
         except OSError:
             listener.close()
             raise
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host, as 127.0.0..1
+        number = getattr(error, "errno", None)
+        reason = os.strerror(number) if number and number > 0 else str(error)
         raise TopkapiError(f"cannot listen on {host}, port {port}: {reason}. Choose another --port, or 0.") from None
     return listener
 

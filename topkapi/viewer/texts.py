@@ -6,6 +6,7 @@ from threading import Lock
 from typing import Any
 
 from topkapi.evaluate.contexts import CUT, visible
+from topkapi.explore.prompts import inside
 
 LONGEST_CHARACTER = 4  # bytes in UTF-8, hence tokens that may share one
 
@@ -45,9 +46,13 @@ class Texts:
             return visible(str(self.tokenizer.convert_ids_to_tokens(token)))
 
     def ids(self, text: str, whole: bool = True) -> list[int]:
-        """The tokens of a text; of a whole one with what the tokenizer puts before it."""
+        """The tokens of a text; of a whole one with special ones that the tokenizer puts before it."""
         with self._lock:
             return list(self.tokenizer(text, add_special_tokens=whole)["input_ids"])
+
+    def ids_inside(self, text: str) -> list[int]:
+        """The tokens of a text that is a part of one."""
+        return inside(lambda some: self.ids(some, whole=False), text)
 
     def _decode(self, ids: tuple[int, ...]) -> str:
         if not ids:

@@ -42,6 +42,11 @@ class Task:
         """End it as soon as possible; nothing is heard of it any more."""
         self._cancelled.set()
 
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether nobody waits for it."""
+        return self._cancelled.is_set()
+
     def wait(self) -> None:
         """Say that it waits."""
         self._listen({"progress": {"done": 0, "total": 0, "what": "waiting"}})
@@ -126,6 +131,10 @@ class Worker:
             task.cancel()
 
     def _submit(self, task: Task) -> Task:
+        with self._queue.mutex:  # a task that nobody waits for any more takes nobody's place
+            wanted = [one for one in self._queue.queue if one is None or not one.is_cancelled]
+            self._queue.queue.clear()
+            self._queue.queue.extend(wanted)
         if self._working.is_set() or not self._queue.empty():
             task.wait()
         try:

@@ -5,6 +5,7 @@ import { fill, h } from "./parts/dom.js";
 import { count } from "./parts/format.js";
 import { isDark, toggleTheme } from "./parts/colours.js";
 import { failureNote } from "./parts/work.js";
+import { forgetIndex } from "./parts/store.js";
 import { hideTip, startTips } from "./parts/tips.js";
 import { go, link, parse } from "./router.js";
 import { showHelp } from "./pages/help.js";
@@ -125,6 +126,7 @@ async function watch() {
     try {
       const now = await backend.refresh();
       drawModelState();
+      if (before.index?.state === "building" && now.index?.state === "ready") forgetIndex();
       document.dispatchEvent(new CustomEvent("about", { detail: { before, now } }));
     } catch {
       // The next question may be answered.
@@ -135,7 +137,7 @@ async function watch() {
 function show() {
   hideTip();
   const route = parse(location.hash);
-  const name = route.page in PAGES ? route.page : "latents";
+  const name = Object.hasOwn(PAGES, route.page) ? route.page : "latents";
   for (const a of document.querySelectorAll("nav a")) {
     const here = a.dataset.page === name || (name === "latent" && a.dataset.page === "latents");
     if (here) a.setAttribute("aria-current", "page");

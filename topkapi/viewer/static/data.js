@@ -1,6 +1,7 @@
 // Where the numbers come from: a running `topkapi view`, or the files of `topkapi export`. Both have the same methods.
 
 const SHARD = 256; // latents in a file of an export
+const SHARDS = 4; // files kept, of some 25 MB each
 
 export class Failure extends Error {}
 
@@ -57,10 +58,19 @@ class Static {
 
   async latent(i) {
     const shard = Math.floor(i / SHARD);
-    if (!this.shards.has(shard)) this.shards.set(shard, get(`api/latents/${shard}.json`));
-    const found = (await this.shards.get(shard))[i % SHARD];
+    const asked = this.shards.get(shard) ?? get(`api/latents/${shard}.json`);
+    this.shards.delete(shard);
+    this.shards.set(shard, asked); // last: the first one is the one that was not asked for longest
+    if (this.shards.size > SHARDS) this.shards.delete(this.shards.keys().next().value);
+    const found = (await asked.catch((failure) => this.forget(shard, failure)))[i % SHARD];
     if (!found) throw new Failure(`There is no latent ${i} in this export.`);
     return found;
+  }
+
+  /** It may be there the next time. */
+  forget(shard, failure) {
+    this.shards.delete(shard);
+    throw failure;
   }
 
   /** null where they were not exported. */

@@ -6,7 +6,7 @@ import { count, number, tick } from "../parts/format.js";
 import { NOT_COUNTED } from "../parts/index.js";
 import { QueryError, compile } from "../parts/query.js";
 import { Preview } from "../parts/preview.js";
-import { forgetIndex, theIndex } from "../parts/store.js";
+import { theIndex } from "../parts/store.js";
 import { VirtualTable } from "../parts/table.js";
 import { setToken } from "../parts/tokens.js";
 import { failureNote } from "../parts/work.js";
@@ -449,10 +449,13 @@ class LatentsPage {
 
   showBanner() {
     const { index } = this.backend.about;
-    const building = index?.state === "building";
+    if (index?.state === "failed") {
+      fill(this.banner, stateNote("failed", "Modes and top tokens are not known.", "The terminal of topkapi view says why."));
+      return;
+    }
     fill(
       this.banner,
-      building &&
+      index?.state === "building" &&
         h(
           "div",
           { class: "banner" },
@@ -466,7 +469,6 @@ class LatentsPage {
     if (!this.index) return;
     this.showBanner();
     if (before.index?.state !== "building" || now.index?.state !== "ready") return;
-    forgetIndex();
     try {
       this.index = await theIndex(this.backend);
     } catch {

@@ -2,7 +2,7 @@
 
 import { announce, card, fill, h, stateNote } from "../parts/dom.js";
 import { attributionPanel } from "../parts/attribution.js";
-import { number, percent } from "../parts/format.js";
+import { count, number, percent } from "../parts/format.js";
 import { steeringPanel } from "../parts/steering.js";
 import { theIndex } from "../parts/store.js";
 import { heatOf, tokenLabel, tokenStrip, tokenText } from "../parts/tokens.js";
@@ -35,7 +35,6 @@ class PromptPage {
     this.onAbout = ({ detail: { before, now } }) => before.model?.state !== now.model?.state && this.modelChanged();
     document.addEventListener("about", this.onAbout);
     this.draw();
-    if (this.state.text && !modelNote(backend)) this.run();
   }
 
   draw() {
@@ -207,8 +206,8 @@ class PromptPage {
   }
 
   tip(i) {
-    const { error, active, kept, text } = this.result.tokens[i];
-    const lines = [h("b", {}, tokenText(text)), `error ${number(error)} · ${active.length} latents`];
+    const { error, active, n_active: nActive, kept, text } = this.result.tokens[i];
+    const lines = [h("b", {}, tokenText(text)), `error ${number(error)} · ${count(nActive)} latents`];
     if (!kept) lines.push("not a token that the autoencoder was trained on");
     if (this.pointed !== undefined && this.pointed !== null)
       lines.push(`latent ${this.pointed}: ${number(active.find(([latent]) => latent === this.pointed)?.[1] ?? 0)}`);
@@ -266,7 +265,9 @@ class PromptPage {
       this.showScale(null);
       return;
     }
-    const values = this.result.tokens.map((token) => token.active.find(([other]) => other === latent)?.[1] ?? 0);
+    const values = this.result.tokens.map(({ active, kept }) =>
+      kept ? (active.find(([other]) => other === latent)?.[1] ?? 0) : 0,
+    );
     const most = Math.max(...values, this.index?.maximum[latent] || 0);
     this.strip.repaint((i) => heatOf(values[i], most));
     this.showScale(latent, most);

@@ -14,7 +14,8 @@ export function effectsView(found, latent) {
   // positions[j] is of the prediction made at token at + j, whose loss is that of the token after it.
   const effectOn = (i) => positions[i - at - 1];
   const changes = positions.map((one) => one.loss_change).filter((change) => change !== null);
-  const most = Math.max(1e-6, ...changes.map(Math.abs));
+  const largest = Math.max(0, ...changes.map(Math.abs));
+  const most = Math.max(1e-6, largest); // of the colours
   const detail = h("div", { class: "effect-detail" });
   const shown = tokens.slice(first, end);
   const strip = tokenStrip({
@@ -42,8 +43,8 @@ export function effectsView(found, latent) {
       "span",
       {},
       h("b", {}, `Without latent ${latent}`),
-      " at the marked token, the loss of later tokens changes by up to ",
-      h("b", {}, `${number(most)} nats`),
+      changes.length ? " at the marked token, the loss of later tokens changes by up to " : " at the marked token: ",
+      h("b", {}, changes.length ? `${number(largest)} nats` : "no token follows in its context"),
     ),
     scaleOf(most),
     found.sparsity !== null && found.sparsity !== undefined

@@ -29,7 +29,8 @@ export function steeringPanel({ backend, state, prompt, remember, index }) {
   };
   const button = h("button", { type: "button", class: "main", on: { click: () => run() } }, "Write");
   let ready = false;
-  const settle = () => (button.disabled = !ready || !edits.length);
+  const isWhole = ({ latent, value }) => latent !== "" && value !== "";
+  const settle = () => (button.disabled = !ready || !edits.length || !edits.every(isWhole));
   const keep = () => {
     remember({
       edits: edits

@@ -5,7 +5,7 @@ import { h, oncePerFrame } from "./dom.js";
 const TALLEST = 8e6; // pixels: browsers clip taller elements; beyond it scrolling moves in larger steps
 const SPARE = 6; // rows drawn above and below those in sight
 
-/** `columns`: [{name, title, className, tip, sortable, draw(cell, i)}]; `onSort(name)`, `onOpen(i)`, `rowLabel`. */
+/** `columns`: [{name, title, className, tip, draw(cell, i)}]; `onSort(name)`, `onOpen(i)`. */
 export class VirtualTable {
   constructor({ label, columns, rowHeight, onSort, onOpen, onSelect, onPoint }) {
     Object.assign(this, { columns, rowHeight, onOpen, onSelect });
@@ -45,15 +45,12 @@ export class VirtualTable {
   }
 
   head(column, onSort) {
-    const inside =
-      column.sortable === false
-        ? column.title
-        : h(
-            "button",
-            { type: "button", data: column.tip ? { tip: column.tip } : {}, on: { click: () => onSort(column.name) } },
-            column.title,
-          );
-    return h("div", { class: `vt-cell ${column.className ?? ""}`, role: "columnheader" }, inside);
+    const button = h(
+      "button",
+      { type: "button", data: column.tip ? { tip: column.tip } : {}, on: { click: () => onSort(column.name) } },
+      column.title,
+    );
+    return h("div", { class: `vt-cell ${column.className ?? ""}`, role: "columnheader" }, button);
   }
 
   showSort(name, descending) {
