@@ -15,6 +15,7 @@ FORMAT = 1  # raised when files change their meaning
 STUDY, PROGRESS = "study.json", "progress.json"
 WHAT = "Study"
 BY_TOKEN = ("row_offsets", "indices", "values")  # what a reservoir leaves out
+CANDIDATES = ("candidate_offsets", "candidate_rows", "candidate_values")  # what a reservoir is drawn from
 DTYPES = {
     "context_ids": "<i8",
     "document_offsets": "<i8",
