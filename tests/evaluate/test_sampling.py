@@ -67,7 +67,7 @@ def test_tokens_of_one_context_are_drawn_together():
 
 @pytest.mark.parametrize("rows", [1, 7, 20, 33])
 def test_a_context_in_several_chunks_is_one(rows: int):
-    """Wide dictionaries are encoded a few tokens at a time: contexts must not fall apart into smaller, narrower ones."""
+    """Wide dictionaries are encoded a few tokens at a time: contexts must not fall apart into narrower ones."""
     contexts, x, z = torch.arange(50).repeat_interleave(20), draw(1000, D_MODEL), draw(1000, 1, seed=1)
     whole, parts = (TokenSums(random_autoencoder(), 1, contexts=contexts) for _ in range(2))
     whole.add(x, z)
