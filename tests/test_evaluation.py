@@ -149,6 +149,9 @@ def test_a_curve_that_is_none_is_one_line(run, capsys):
     before = results(run)
     assert main(["eval", str(run), *SMALL, "--reference", str(run / "none.csv")]) == 2
     assert "none.csv cannot be read" in one_line(capsys.readouterr().err)
+    (run / "text.csv").write_text("nothing")
+    assert main(["eval", str(run), *SMALL, "--reference", str(run / "text.csv")]) == 2
+    assert "text.csv: A reference curve needs two points" in one_line(capsys.readouterr().err)
     assert results(run) == before
 
 
