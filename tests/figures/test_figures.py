@@ -21,6 +21,7 @@ from topkapi.figures.canvas import Canvas, colours, styled
 from topkapi.figures.figure import LeftOut, save, share_interval
 from topkapi.statistics.densities import dense_measure
 from topkapi.statistics.laws import GPT4
+from topkapi.study import Study
 from topkapi.sweep.grid import Grid
 
 NAMES = {
@@ -275,6 +276,18 @@ def test_damaged_counts_of_firings_are_one_line(tmp_path, capsys, content):
     error = capsys.readouterr().err.splitlines()[-1]
     assert str(path) in error
     assert "topkapi eval" in error
+
+
+def test_a_study_of_another_autoencoder_is_not_drawn_as_the_runs_own(tmp_path, monkeypatch):
+    write_sweep(tmp_path / "sweep", [Grid(n_latents=(128,), k=(16,))], weights=True)
+    (run,) = sources.read_folders([tmp_path / "sweep"])
+    (run.folder / "study").mkdir()
+    (run.folder / "study" / "study.json").touch()
+    found = Study.__new__(Study)
+    found.folder, found.run, found.identity = run.folder / "study", run.folder, {"autoencoder": "another checksum"}
+    monkeypatch.setattr(sources, "open_study", lambda *_: found)
+    with pytest.raises(TopkapiError, match="is of another autoencoder"):
+        _ = run.firings
 
 
 def test_a_damaged_line_of_a_curve_is_named_and_one_being_written_left_out(tmp_path):

@@ -140,11 +140,13 @@ class Run:
 
     @cached_property
     def study(self) -> Study | None:
-        """The finished study in RUN/study."""
+        """The finished study in RUN/study. Raises TopkapiError if it is of another autoencoder, or damaged."""
         folder = self.folder / "study"
         if not (folder / STUDY).exists() or (folder / PROGRESS).exists():
             return None
-        return open_study(folder, self.folder)
+        study = open_study(folder, self.folder)
+        study.require_run()
+        return study
 
     @cached_property
     def firings(self) -> Firings | None:
