@@ -53,7 +53,11 @@ def read_header(folder: Path) -> dict[str, Any]:
     """
     if not (folder / STUDY).exists() and (folder / PROGRESS).exists():
         raise TopkapiError(f"{WHAT} {folder} is not finished: run the same topkapi study again, it goes on.")
-    header = read_json(folder / STUDY, WHAT, "Give the folder that topkapi study wrote, as in runs/demo/study.")
+    if not (folder / STUDY).exists():
+        remedy = "Give the folder that topkapi study wrote, as in runs/demo/study."
+    else:
+        remedy = f"Delete the folder {folder} and run topkapi study again."
+    header = read_json(folder / STUDY, WHAT, remedy)
     if header.get("format") != FORMAT:
         raise TopkapiError(f"{WHAT} {folder} has format {header.get('format')!r}; this version reads {FORMAT}.")
     for name, facts in header["files"].items():
