@@ -71,7 +71,8 @@ def listening(host: str, port: int) -> socket.socket:
             raise
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
-        raise TopkapiError(f"cannot listen on {host}, port {port}: {reason}. Choose another --port, or 0.") from None
+        where = f"{host!r}, port {port}"
+        raise TopkapiError(f"cannot listen on {where}: {reason}. Choose another --host or --port.") from None
     return listener
 
 
