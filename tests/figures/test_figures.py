@@ -225,6 +225,15 @@ def test_missing_values_are_gaps(tmp_path):
     assert [row.y for row in canvas.rows] == [1.0, None, 3.0]
 
 
+def test_a_legend_has_the_colours_of_its_outlines():
+    with styled():
+        panel = Canvas(1).panel("P", "x", "y")
+        panel.bins("a", [0, 1, 2], [1, 2], colour="#0072b2", filled=False, label="a")
+    (handle,), _ = panel.axes.get_legend_handles_labels()
+    (outline,) = panel.axes.patches
+    assert (handle.get_color(), handle.get_alpha()) == ("#0072b2", outline.get_alpha())
+
+
 def test_undefined_metrics_leave_runs_out(tmp_path):
     write_sweep(tmp_path / "sweep", [Grid(n_latents=(128, 256), k=(8, 16))])
     path = tmp_path / "sweep" / "sweep.jsonl"
