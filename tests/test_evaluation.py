@@ -112,6 +112,17 @@ def test_what_is_there_is_not_measured_again(run, calls):
     assert results(run).get("refinement") is None
 
 
+def test_metrics_that_are_not_asked_for_again_are_set_aside(run, calls, capsys):
+    before = results(run)
+    assert main(["eval", str(run), *SMALL, "--metrics", "n2g", "--fresh"]) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "eval-previous.json" in line]
+    assert "refinement" in line
+    assert "n2g" not in line
+    assert json.loads((run / "eval-previous.json").read_text()) == before
+    assert main(["eval", str(run), "--tokens", "160", "--downstream-tokens", "96", "--metrics", "n2g"]) == 0
+    assert json.loads((run / "eval-previous.json").read_text()) == before  # nothing but n2g would have been lost
+
+
 def test_other_settings_or_weights_start_anew(run, calls):
     assert main(["eval", str(run), "--tokens", "160", "--downstream-tokens", "96", "--metrics", "n2g"]) == 0
     assert calls == ["base", "n2g"]
@@ -138,6 +149,9 @@ def test_a_curve_that_is_none_is_one_line(run, capsys):
     before = results(run)
     assert main(["eval", str(run), *SMALL, "--reference", str(run / "none.csv")]) == 2
     assert "none.csv cannot be read" in one_line(capsys.readouterr().err)
+    (run / "text.csv").write_text("nothing")
+    assert main(["eval", str(run), *SMALL, "--reference", str(run / "text.csv")]) == 2
+    assert "text.csv: A reference curve needs two points" in one_line(capsys.readouterr().err)
     assert results(run) == before
 
 

@@ -28,6 +28,9 @@ def test_write_atomic_replaces_a_file_or_leaves_it(tmp_path):
     files.write_text_atomic(path, "second")
     assert path.read_text() == "second"
     assert list(path.parent.iterdir()) == [path]
+    with pytest.raises(IsADirectoryError) as refused:
+        files.write_text_atomic(tmp_path / "new", "a folder")
+    assert refused.value.filename == str(tmp_path / "new")  # not the temporary file's
 
 
 def test_json_comes_back(tmp_path):

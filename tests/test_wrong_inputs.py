@@ -177,8 +177,13 @@ def test_an_unfinished_run_is_not_evaluated(refused, finished, tmp_path):
     refused(["eval", str(run), "--tokens", "-3"], "EvalConfig.tokens must be at least 1; got -3")
 
 
-def test_a_folder_that_is_no_run(refused, tiny_language_model):
+def test_a_folder_that_is_no_run(refused, finished, tiny_language_model, tmp_path):
     refused(["train", str(tiny_language_model)], "not a file of Topkapi's")
+    for command in (["eval"], ["study", "--tokens", "16"], ["view"]):
+        refused([command[0], str(tmp_path), *command[1:]], f"no run in the folder {tmp_path}", "topkapi train wrote")
+    shutil.copytree(finished, tmp_path / "sweep" / "point")
+    for command in ("eval", "view"):
+        refused([command, str(tmp_path / "sweep")], "no run in the folder", f"such as {tmp_path / 'sweep' / 'point'}")
 
 
 def test_missing_packages(refused, tiny_config, tmp_path, monkeypatch):

@@ -33,6 +33,7 @@ from topkapi.published import WEIGHTS, read_config
 from topkapi.train import Text, load_run, open_text
 
 EVALUATION = "eval.json"  # in a run folder
+PREVIOUS = "eval-previous.json"  # the one before, where it had metrics that the new one has not
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ def evaluate_opened(
     ae = ae.to(text.language_model.device)
     same = _identity(run, text, settings)
     results = {} if asked.fresh else _kept(run, same)
+    if not results:
+        _set_aside(run, asked)
     gaps = results.pop("gaps", {})
 
     def keep() -> None:
@@ -113,6 +116,19 @@ def _kept(run: Path, same: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(results, dict) or results.pop("settings", None) != same:
         return {}
     return results
+
+
+def _set_aside(run: Path, asked: Asked) -> None:
+    """Keep an eval.json with metrics that took long and are not asked for now beside the one that takes its place."""
+    try:
+        old = json.loads((run / EVALUATION).read_text(encoding="utf-8"))
+    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
+        return
+    names = [name for name in (*MEASURES, "compute_equivalent") if isinstance(old, dict) and old.get(name)]
+    if lost := [name for name in names if name not in asked.metrics]:
+        write_text_atomic(run / PREVIOUS, json.dumps(old, indent=2) + "\n")
+        why = "--fresh" if asked.fresh else "other settings, weights, text or version"
+        say(f"{why}: what was measured before of {', '.join(lost)} is kept in {run / PREVIOUS}")
 
 
 def _add(results: dict[str, Any], gaps: dict[str, str], name: str, measured: Callable[[], dict[str, Any]]) -> None:

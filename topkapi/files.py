@@ -21,9 +21,11 @@ from topkapi.errors import TopkapiError
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` with a temporary path beside `path`, flush it to disk, then rename it to `path`.
 
-    A reader sees the old file or the new one, never a part. Raises OSError (disk full, read-only folder) with the
-    temporary file removed and the old file untouched.
+    A reader sees the old file or the new one, never a part. Raises OSError (disk full, read-only folder, a folder at
+    `path`) with the temporary file removed and the old file untouched.
     """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

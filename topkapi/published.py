@@ -26,6 +26,16 @@ def write_published(folder: Path, tensors: dict[str, Tensor], description: dict[
     write_config(folder, {**description, "files": {WEIGHTS: sha256(folder / WEIGHTS)}})
 
 
+def require_run(folder: Path) -> None:
+    """Raise TopkapiError where there is no such folder, or nothing of a run is in it."""
+    if not folder.is_dir():
+        raise TopkapiError(f"no run {folder}: give the folder that topkapi train wrote, as in topkapi eval runs/demo.")
+    if not any((folder / name).exists() for name in (CONFIG, WEIGHTS)):
+        inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+        advice = f"one of those in it, such as {inside[0]}" if inside else "the folder that topkapi train wrote"
+        raise TopkapiError(f"no run in the folder {folder}, which has no {CONFIG}: give {advice}.")
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The description that `write_config` wrote. Raises TopkapiError if it is missing, damaged or not ours."""
     config = read_json(folder / CONFIG, "Autoencoder", "Restore it from a copy, or train again in another folder.")

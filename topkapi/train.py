@@ -493,7 +493,7 @@ def open_source(config: TrainConfig, mesh: Mesh = ALONE) -> Source:
 
 def load_run(run: Path) -> tuple[Autoencoder, TrainConfig]:
     """The finished autoencoder of a run folder, and the config that made it."""
-    _require_run(run)
+    published.require_run(run)
     ae = Autoencoder.from_pretrained(run)
     if ae.training_config is None:
         raise TopkapiError(f"{run} was not trained by Topkapi: its config.json holds no training settings.")
@@ -502,7 +502,7 @@ def load_run(run: Path) -> tuple[Autoencoder, TrainConfig]:
 
 def saved_config(run: Path) -> TrainConfig:
     """The config that a run folder was started with."""
-    _require_run(run)
+    published.require_run(run)
     return _config_of(run, published.read_config(run)["training"])
 
 
@@ -518,11 +518,6 @@ def _config_of(run: Path, values: dict[str, Any]) -> TrainConfig:
 @cache  # a command reads a run's config more than once
 def _say_once(text: str) -> None:
     say(text)
-
-
-def _require_run(run: Path) -> None:
-    if not run.is_dir():
-        raise TopkapiError(f"no run {run}: give the folder that topkapi train wrote, as in topkapi eval runs/demo.")
 
 
 def is_finished(run: Path) -> bool:

@@ -1,7 +1,8 @@
 """Every metric of `topkapi eval --all` on a stand-in: scale, gaps and budgets.
 
 Mutations seen caught: thresholds calibrated on the half that they are measured on; activations normalised as by another
-autoencoder; a simulated value that is not scaled; gaps of a dead autoencoder as zeros; a ReLU autoencoder's k taken.
+autoencoder; a simulated value that is not scaled; gaps of a dead autoencoder as zeros; a ReLU autoencoder's k taken;
+thresholds calibrated on the first tokens alone.
 """
 
 import json
@@ -152,6 +153,19 @@ def test_curves_and_refinement_are_those_of_their_functions():
     whole = measure("refinement", it)
     assert whole["mean_ratio"]["value"] == pytest.approx(refinement(it.ae, torch.cat(x)).mean_ratio.value, rel=1e-5)
     assert whole["mean_ratio"]["n"] == len(ids)
+
+
+def test_thresholds_are_calibrated_on_text_from_all_over_the_first_half(monkeypatch):
+    """A token file holds its corpora one after another: the first tokens are of one alone."""
+    given = []
+    monkeypatch.setattr(measures, "CALIBRATION_TOKENS", 50)
+    monkeypatch.setattr(measures, "calibrate_thresholds", lambda ae, x, ks: given.append(x) or [0.1] * len(ks))
+    it = subject(random_autoencoder(n_latents=40, k=3))
+    measure("threshold", it)
+    raw = it.halves[0].raw
+    assert 25 < len(given[0]) <= 50 < len(raw)
+    x = it.ae.normalise(raw[[0, -1 - (len(raw) - 1) % math.ceil(len(raw) / 50)]].float()).x
+    assert torch.allclose(given[0][[0, -1]], x)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Resampled sums against numpy, and the coverage of their intervals.
 
-Mutations seen caught: weights of mean 2; intervals of half the width; no origin in the spread.
+Mutations seen caught: weights of mean 2; intervals of half the width; no origin in the spread; a context that two
+chunks share counted as two.
 """
 
 import numpy as np
@@ -62,6 +63,19 @@ def test_tokens_of_one_context_are_drawn_together():
     assert (found.n, narrow.n) == (n, 20 * n)
     assert found.high - found.low == pytest.approx(2 * 1.96 * z.std().item() / np.sqrt(n), rel=0.25)
     assert (found.high - found.low) / (narrow.high - narrow.low) == pytest.approx(np.sqrt(20), rel=0.3)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 20, 33])
+def test_a_context_in_several_chunks_is_one(rows: int):
+    """Wide dictionaries are encoded a few tokens at a time: contexts must not fall apart into narrower ones."""
+    contexts, x, z = torch.arange(50).repeat_interleave(20), draw(1000, D_MODEL), draw(1000, 1, seed=1)
+    whole, parts = (TokenSums(random_autoencoder(), 1, contexts=contexts) for _ in range(2))
+    whole.add(x, z)
+    for part in torch.arange(1000).split(rows):
+        parts.add(x[part], z[part])
+    found, wanted = (each.estimate(each.columns[:, 0] / each.spread) for each in (parts, whole))
+    assert found.n == wanted.n == 50
+    assert found[:3] == pytest.approx(wanted[:3], rel=1e-9)
 
 
 def test_chunks_hold_all_rows_once():

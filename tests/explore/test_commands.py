@@ -136,6 +136,12 @@ def test_steer_counts(run, tmp_path, capsys):
         (["steer", "RUN", "--prompt", PROMPT, "--clamp", "999=1"], "no latent 999"),
         (["steer", "RUN", "--prompt", PROMPT, "--clamp", "999=1x"], "no latent 999"),
         (["steer", "RUN", "--prompt", PROMPT, "--ablate", "3", "--where", "x"], "write all, active, or positions"),
+        (["steer", "RUN", "--prompt", PROMPT, "--ablate", "3", "--where", "0,99"], "positions are 0 to"),
+        (["steer", "RUN", "--prompt", PROMPT, "--ablate", "3", "--seed", "-1"], "--seed must be 0 or more"),
+        (
+            ["steer", "RUN", "--prompt", PROMPT, "--ablate", "3", "--count", "a", "--controls", "0"],
+            "--controls must be 1 or more",
+        ),
         (
             ["steer", "RUN", "--prompt", PROMPT, "--ablate", "3", "--temperature", "0"],
             "temperature must be more than 0",

@@ -16,11 +16,12 @@ from tests.figures.synthetic import D_MODEL, FREE_NORMS, L1, MODIFIED_L1, write_
 from topkapi import published
 from topkapi.cli import main
 from topkapi.errors import TopkapiError
-from topkapi.figures import densities, draw, frontier, laws, modality, sources
+from topkapi.figures import densities, draw, frontier, laws, modality, sources, training
 from topkapi.figures.canvas import Canvas, colours, styled
 from topkapi.figures.figure import LeftOut, save, share_interval
 from topkapi.statistics.densities import dense_measure
 from topkapi.statistics.laws import GPT4
+from topkapi.study import Study
 from topkapi.sweep.grid import Grid
 
 NAMES = {
@@ -224,6 +225,15 @@ def test_missing_values_are_gaps(tmp_path):
     assert [row.y for row in canvas.rows] == [1.0, None, 3.0]
 
 
+def test_a_legend_has_the_colours_of_its_outlines():
+    with styled():
+        panel = Canvas(1).panel("P", "x", "y")
+        panel.bins("a", [0, 1, 2], [1, 2], colour="#0072b2", filled=False, label="a")
+    (handle,), _ = panel.axes.get_legend_handles_labels()
+    (outline,) = panel.axes.patches
+    assert (handle.get_color(), handle.get_alpha()) == ("#0072b2", outline.get_alpha())
+
+
 def test_undefined_metrics_leave_runs_out(tmp_path):
     write_sweep(tmp_path / "sweep", [Grid(n_latents=(128, 256), k=(8, 16))])
     path = tmp_path / "sweep" / "sweep.jsonl"
@@ -256,6 +266,62 @@ def test_a_folder_that_is_neither_is_refused(tmp_path, capsys):
     assert "neither a run nor a sweep" in capsys.readouterr().err
     assert main(["figures", str(tmp_path / "absent")]) == 2
     assert "no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"no archive", "short", "other", "text"])
+def test_damaged_counts_of_firings_are_one_line(tmp_path, capsys, content):
+    write_sweep(tmp_path / "sweep", [Grid(n_latents=(128,), k=(16,))], metrics=False)
+    path = tmp_path / "sweep" / "n128-k16-seed0" / "held_out.npz"
+    arrays = dict(np.load(path))
+    if content == "short":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif content == "other":
+        np.savez(path, **(arrays | {"n_fired": arrays["n_fired"][:-1]}))
+    elif content == "text":
+        np.savez(path, **(arrays | {"n_tokens": np.array("many")}))
+    else:
+        path.write_bytes(content)
+    assert main(["figures", str(tmp_path / "sweep"), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert str(path) in error
+    assert "topkapi eval" in error
+
+
+def test_a_study_of_another_autoencoder_is_not_drawn_as_the_runs_own(tmp_path, monkeypatch):
+    write_sweep(tmp_path / "sweep", [Grid(n_latents=(128,), k=(16,))], weights=True)
+    (run,) = sources.read_folders([tmp_path / "sweep"])
+    (run.folder / "study").mkdir()
+    (run.folder / "study" / "study.json").touch()
+    found = Study.__new__(Study)
+    found.folder, found.run, found.identity = run.folder / "study", run.folder, {"autoencoder": "another checksum"}
+    monkeypatch.setattr(sources, "open_study", lambda *_: found)
+    with pytest.raises(TopkapiError, match="is of another autoencoder"):
+        _ = run.firings
+
+
+def test_a_damaged_line_of_a_curve_is_named_and_one_being_written_left_out(tmp_path):
+    """Not drawn up to there alone, as if the run had ended."""
+    write_sweep(tmp_path / "sweep", [Grid(n_latents=(128,), k=(16,))], counts=False)
+    (run,) = sources.read_folders([tmp_path / "sweep"])
+    path = run.folder / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines)[:-10])
+    assert len(run.curve) == len(lines) - 1
+    path.write_text("\n".join([*lines[:3], "5", *lines[3:]]))
+    with pytest.raises(TopkapiError, match="line 4: damaged"):
+        _ = sources.read_folders([tmp_path / "sweep"])[0].curve
+
+
+def test_curves_that_are_not_finite_at_their_end_or_log_other_steps_are_drawn(tmp_path):
+    write_sweep(tmp_path / "sweep", [Grid(n_latents=(128,), k=(16,), decoder_norm=("on", "off"))], counts=False)
+    unit = sources.read_folders([tmp_path / "sweep"])[0].folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in unit.read_text().splitlines()]
+    lines[-1]["normalized_mse"] = None
+    unit.write_text("".join(json.dumps(line | {"tokens": line["tokens"] + 1}) + "\n" for line in lines))
+    with styled():
+        curves, pair = training.figures(sources.read_folders([tmp_path / "sweep"]))
+    assert curves.statement.count("0.") == 1
+    assert isinstance(pair, LeftOut)
 
 
 def test_a_published_autoencoder_is_no_run(tmp_path):

@@ -214,7 +214,7 @@ def test_damage_is_refused(trained, tmp_path):
     for name in contents(folder):
         path, before = folder / name, (folder / name).read_bytes()
         path.write_bytes(before[:-4])
-        with pytest.raises(TopkapiError, match="damaged"):
+        with pytest.raises(TopkapiError, match=r"damaged.* Delete the folder .* and run topkapi study again"):
             topkapi.study.open(folder)
         changed = bytearray(before)
         changed[len(changed) // 2] ^= 1
@@ -242,3 +242,14 @@ def test_a_reservoir_refuses_what_needs_the_complete_code(trained, tmp_path):
     for ask in (study.latent(0).coactive, lambda: study.code(0)):
         with pytest.raises(TopkapiError, match="without --reservoir"):
             ask()
+
+
+@pytest.mark.parametrize("reservoir", [0, 2])
+def test_files_of_others_in_its_folder_stay(trained, tmp_path, reservoir):
+    """Model weights are called pytorch_model.bin, and --out may be a folder that has some."""
+    (tmp_path / "pytorch_model.bin").write_text("weights")
+    for _ in range(2):  # written, then found finished
+        trained.study(tmp_path, reservoir=reservoir)
+    files = json.loads((tmp_path / "study.json").read_text())["files"]
+    wanted = {*(f"{name}.bin" for name in files), "pytorch_model.bin", "study.json", ".lock"}
+    assert {path.name for path in tmp_path.iterdir()} == wanted

@@ -90,7 +90,10 @@ def read_curve(path: Path) -> list[tuple[float, float]]:
                 f"{path}, line {number}: wanted two numbers, compute and loss in nats; got {line!r}."
             ) from None
         points.append((compute, loss))
-    _check(sorted(points))
+    try:
+        _check(sorted(points))
+    except TopkapiError as error:
+        raise TopkapiError(f"{path}: {error}") from None
     return points
 
 

@@ -7,6 +7,7 @@ result counts. docs/metrics.md defines each of them.
 An estimate is a dict of value, low, high (95 %) and n, the number of contexts, latents or texts drawn anew.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -148,7 +149,8 @@ def threshold_of(subject: Subject) -> Json:
     """Normalized MSE and L0 with a threshold instead of TopK, calibrated on the first half, measured on the second."""
     ae, (first, half) = subject.ae, subject.halves
     ks = _curve_points(ae)
-    sample = torch.cat(list(subject.normalised(first.raw[:CALIBRATION_TOKENS], "calibration")))
+    spread = first.raw[:: math.ceil(len(first.raw) / CALIBRATION_TOKENS)]  # the first ones are of one corpus alone
+    sample = torch.cat(list(subject.normalised(spread, "calibration")))
     positive = sum(
         int((relu_latents(part - ae.pre_bias, ae.W_enc, ae.latent_bias) > 0).sum()) for part in chunks(ae, sample)
     )

@@ -81,7 +81,8 @@ class TokenSums:
     ) -> None:
         self.n_tokens, self.d_model, self.contexts = 0, ae.d_model, contexts
         self.origin: Tensor | None = None
-        self.resampled = ResampledSums(2 + ae.d_model + n_columns, ae.W_dec.device, seed)
+        self._resampled = ResampledSums(2 + ae.d_model + n_columns, ae.W_dec.device, seed)
+        self._open: tuple[int, Tensor] | None = None  # the last context so far, whose next tokens may be yet to come
 
     def add(
         self,
@@ -98,12 +99,28 @@ class TokenSums:
         rows = torch.cat([torch.ones_like(squares), squares, shifted, columns], 1)
         if self.contexts is not None:
             contexts = self.contexts[self.n_tokens : self.n_tokens + len(x)]
-        if contexts is not None:  # one that two chunks share counts as two
-            own = contexts.to(rows.device)
-            _, number, sizes = own.unique_consecutive(return_inverse=True, return_counts=True)
-            rows = rows.new_zeros(len(sizes), rows.shape[1]).index_add_(0, number, rows)
-        self.resampled.add(rows)
         self.n_tokens += len(x)
+        if contexts is not None and len(x):
+            names, number = contexts.to(rows.device).unique_consecutive(return_inverse=True)
+            rows = rows.new_zeros(len(names), rows.shape[1]).index_add_(0, number, rows)
+            if self._open is not None and self._open[0] == int(names[0]):
+                rows[0] += self._open[1]
+                self._open = None
+            self._close()
+            rows, self._open = rows[:-1], (int(names[-1]), rows[-1])
+        self._resampled.add(rows)
+
+    def _close(self) -> None:
+        """Count the last context."""
+        if self._open is not None:
+            self._resampled.add(self._open[1][None])
+            self._open = None
+
+    @property
+    def resampled(self) -> ResampledSums:
+        """Sums over all that was added, a row of which is a context, in however many chunks it came, or a token."""
+        self._close()
+        return self._resampled
 
     @property
     def spread(self) -> Float64[Tensor, " replicates"]:

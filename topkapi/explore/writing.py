@@ -53,11 +53,21 @@ def steer_run(
         raise TopkapiError(
             "nothing to steer with: give --clamp LATENT=VALUE, --ablate LATENT, --scale, --add or --bound."
         )
+    if sampling.seed < 0:
+        raise TopkapiError(f"--seed must be 0 or more; got {sampling.seed}.")
+    if pattern is not None and n_controls < 1:
+        raise TopkapiError(f"--controls must be 1 or more, to compare with; got {n_controls}.")
     say(f"loading {run} and its language model ...")
     spliced = open_run(run)
     opened = study_of(run, study_folder, spliced)
     parsed = parse_edits(spliced, opened, run, edits, where)
     tokens = encode(spliced.lm, prompt, sampling.n_tokens)
+    last = tokens.shape[1] + sampling.n_tokens - 2  # nothing is read behind the last new token
+    if isinstance(place := parsed[0].where, tuple) and max(place) > last:
+        raise TopkapiError(
+            f"--where {where}: with {tokens.shape[1]} tokens of prompt and {sampling.n_tokens} new ones positions are "
+            f"0 to {last}."
+        )
     about = {"run": str(run), "prompt": prompt, "edits": [str(edit) for edit in parsed], "sampling": vars(sampling)}
     if pattern is None:
         result = _samples(spliced, tokens, parsed, sampling)

@@ -195,7 +195,8 @@ class Panel:
         for left, right, count in zip(edges[:-1], edges[1:], counts, strict=True):
             self.rows.append(Row(self.title, "bins", series, float(left), float(right), float(count), None, None))
         if label:
-            self.axes.plot([], [], color=colour, linewidth=4 if filled else 1.2, alpha=0.5, label=label)
+            width, opacity = (4, 0.5) if filled else (1.2, 1)  # an outline's name has its very colour
+            self.axes.plot([], [], color=colour, linewidth=width, alpha=opacity, label=label)
 
     def across(self, series: str, y: float | int, label: str = "") -> None:
         """A thin horizontal line: a bound, or what would be if nothing mattered."""

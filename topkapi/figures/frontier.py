@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from topkapi.figures.canvas import MARKERS, PALETTE, Canvas, Panel
-from topkapi.figures.figure import Claim, Figure, LeftOut, Verdict, counted, listed, said
-from topkapi.figures.sources import FAMILIES, LR, SEED, Run, alike, at_best_rate, grouped, of_one_stream
+from topkapi.figures.figure import Claim, Figure, LeftOut, Verdict, counted, said
+from topkapi.figures.sources import FAMILIES, LR, SEED, Run, alike, at_best_rate, grouped, held_out, of_one_stream
 
 MOST_PANELS = 4
 COLOUR = dict(zip(FAMILIES, PALETTE, strict=False))
@@ -73,13 +73,12 @@ def _error(runs: list[Run]) -> Figure:
         ratios += _ratios(by_size[n], _mse)
         _limits(panel)
     left = f" Of {len(by_size)} sizes, those with most kinds are shown." if len(by_size) > len(shown) else ""
-    tokens = sorted({run.metrics.get("n_tokens") or 0 for run in runs})
     spread = _seed_spread(runs, _mse)
     return Figure(
         name="error-l0",
         title="Normalized MSE against L0",
         source="Figures 2 and 5",
-        caption=f"Held-out text, {listed(tokens)} tokens; {counted(len(runs), 'run')} of "
+        caption=f"Held-out text, {held_out(runs)} tokens; {counted(len(runs), 'run')} of "
         f"{runs[0].tokens:,} training tokens each, the best learning rate where there are several. A point is a run; "
         "lines join means over seeds; bars: 95 % where eval.json has intervals. L1: ReLU with an L1 "
         "penalty and unit norm of the decoder; "

@@ -1,5 +1,4 @@
-"""Normalized MSE against n_latents at each k, with the laws L(N) and L(N, K) fitted to it, and the "
-"paper's constants."""
+"""Normalized MSE against n_latents at each k, with the laws L(N) and L(N, K) fitted, and the paper's constants."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -11,7 +10,7 @@ from scipy import stats
 from topkapi.errors import TopkapiError
 from topkapi.figures.canvas import FAINT, Canvas, Panel, colours
 from topkapi.figures.figure import Claim, Figure, LeftOut, Verdict, counted, said
-from topkapi.figures.sources import Run, at_best_rate, grouped, of_one_stream
+from topkapi.figures.sources import Run, at_best_rate, grouped, held_out, of_one_stream
 from topkapi.statistics.intervals import CONFIDENCE, percentile_interval
 from topkapi.statistics.laws import GPT4, JointLaw, LawFit, PowerLaw, fit_joint_law, fit_power_law
 
@@ -58,7 +57,7 @@ def _laws(runs: list[Run]) -> Figure:
         name="laws",
         title="Scaling laws of the error",
         source="section 3.1.3 and Figure 1",
-        caption=f"Normalized MSE on {runs[0].metrics.get('n_tokens') or 0:,} held-out tokens of "
+        caption=f"Normalized MSE on {held_out(runs)} held-out tokens of "
         f"{counted(len(runs), 'TopK run')}"
         f", each trained on {runs[0].tokens:,} tokens, whether or not it had converged by then. A point is a run; fits "
         "take the geometric mean of seeds, so that each n_latents and k counts once. Solid: "

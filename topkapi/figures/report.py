@@ -41,7 +41,9 @@ figure{margin:.4rem 0}figcaption{font-size:.9rem;max-width:50rem}svg{width:100%%
 @media screen{.picture{overflow-x:auto}svg{min-width:36rem}}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}
 th,td{padding:.2rem .55rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
+th{white-space:normal;vertical-align:bottom}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--paper)}
+@media screen and (max-width:40rem){td:first-child{min-width:7.5rem;white-space:normal;overflow-wrap:anywhere}}
 pre{background:var(--soft);padding:.7rem;overflow-x:auto;font-size:.8rem;white-space:pre-wrap;overflow-wrap:anywhere}
 ul.claims{padding-left:0;list-style:none}
 ul.claims li{margin:.3rem 0;padding-left:.7rem;border-left:3px solid var(--line)}

@@ -61,7 +61,7 @@ def _seeds(groups: list[list[Run]]) -> Figure:
         f"that choose each other (dashed), by decoder rows; means over {counted(pairs, 'pair')} of "
         "seeds, bands from the "
         "lowest to the highest. The order of the data is the same for all seeds. Right: by density, in tenths of the "
-        "latents that fired; bars: 95 % for latents taken as independent.",
+        "latents that fired; bars: 95 % for latents taken as independent, though one counts in each of its pairs.",
         statement=" ".join(one["statement"] for one in numbers),
         canvas=canvas,
         runs=[run.name for group in groups for run in group],

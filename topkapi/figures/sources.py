@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
+from zipfile import BadZipFile
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -125,20 +126,27 @@ class Run:
     def curve(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; the last one, if it is being written, is left out."""
         path, lines = self.folder / METRICS, []
-        for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        for number, text in enumerate(texts, 1):
             try:
-                lines.append(json.loads(text))
+                line = json.loads(text)
             except json.JSONDecodeError:
-                break
+                line = None
+            if isinstance(line, dict) and "tokens" in line:
+                lines.append(line)
+            elif number < len(texts):
+                raise TopkapiError(f"{path}, line {number}: damaged. Delete the line: the others are drawn.")
         return lines
 
     @cached_property
     def study(self) -> Study | None:
-        """The finished study in RUN/study."""
+        """The finished study in RUN/study. Raises TopkapiError if it is of another autoencoder, or damaged."""
         folder = self.folder / "study"
         if not (folder / STUDY).exists() or (folder / PROGRESS).exists():
             return None
-        return open_study(folder, self.folder)
+        study = open_study(folder, self.folder)
+        study.require_run()
+        return study
 
     @cached_property
     def firings(self) -> Firings | None:
@@ -147,7 +155,7 @@ class Run:
             arrays, n_tokens = self.study.arrays, self.study.n_tokens
             found = Firings(np.array(arrays["n_fired"]), np.array(arrays["sum_squares"]), n_tokens, "study")
         elif (path := self.folder / HELD_OUT).exists():
-            found = _read_counts(path)
+            found = _read_counts(path, self.n_latents)
         else:
             return None
         return found if found.n_tokens else None
@@ -245,13 +253,17 @@ def _facts(point: Point) -> dict[str, Any]:
     return {"d_model": point.d_model}
 
 
-def _read_counts(path: Path) -> Firings:
+def _read_counts(path: Path, n_latents: int) -> Firings:
+    remedy = "Delete it and evaluate this run again: topkapi eval RUN."
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            n_fired, sum_squares, n_tokens = (arrays[name] for name in ("n_fired", "sum_squares", "n_tokens"))
-    except (OSError, ValueError, KeyError) as error:
-        raise TopkapiError(f"{path} is damaged ({error}). Delete it and evaluate this run again.") from None
-    return Firings(n_fired.astype(np.int64), sum_squares.astype(np.float64), int(n_tokens), HELD_OUT)
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            n_fired, sum_squares = arrays["n_fired"].astype(np.int64), arrays["sum_squares"].astype(np.float64)
+            n_tokens = int(arrays["n_tokens"])
+    except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile) as error:
+        raise TopkapiError(f"{path} is damaged ({error}). {remedy}") from None
+    if not n_fired.shape == sum_squares.shape == (n_latents,):
+        raise TopkapiError(f"{path} is of another autoencoder: this run has {n_latents:,} latents. {remedy}")
+    return Firings(n_fired, sum_squares, n_tokens, HELD_OUT)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -288,6 +300,12 @@ def grouped(runs: Iterable[Run], key: Callable[[Run], Key]) -> dict[Key, list[Ru
     for run in runs:
         found[key(run)].append(run)
     return dict(found)
+
+
+def held_out(runs: Iterable[Run]) -> str:
+    """On how many tokens they are measured, as text: several numbers where they differ."""
+    numbers = sorted({int(run.metrics["n_tokens"]) for run in runs if run.metrics.get("n_tokens")})
+    return " and ".join(f"{n:,}" for n in numbers) or "no"
 
 
 def of_one_stream(runs: Sequence[Run]) -> list[Run]:

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from topkapi.figures.canvas import Canvas, Panel, colours
-from topkapi.figures.figure import Claim, Figure, LeftOut, counted, listed, mean_interval, said
-from topkapi.figures.sources import UNIT_NORM, Run, alike, grouped
+from topkapi.figures.figure import Claim, Figure, LeftOut, counted, listed, mean_interval, said, spanned
+from topkapi.figures.sources import UNIT_NORM, Run, alike, grouped, held_out
 
 MOST_RUNS = 12
 SMOOTHED = 20  # parts of a curve that one mean goes over
@@ -28,10 +28,11 @@ def figures(runs: Sequence[Run]) -> Iterator[Figure | LeftOut]:
         for group in grouped(drawn, lambda run: alike(run, UNIT_NORM)).values()
         if len(group) == 2 and group[0].k is not None
     ]
+    pairs = [pair for pair in pairs if len(_relative(*pair)[0])]
     if not pairs:
         yield LeftOut(
             "decoder normalisation",
-            "no two runs differ in the decoder's norm alone: topkapi sweep with --decoder-norm on off gives them",
+            "no two curves differ in the decoder's norm alone: topkapi sweep with --decoder-norm on off gives them",
         )
     else:
         yield _decoder_norm(pairs)
@@ -39,7 +40,8 @@ def figures(runs: Sequence[Run]) -> Iterator[Figure | LeftOut]:
 
 def _curves(runs: Sequence[Run]) -> Figure:
     """Normalized MSE and dead latents while training; of many runs, some that stand evenly among all."""
-    order = sorted(runs, key=lambda run: (run.curve[-1]["normalized_mse"] or np.inf, run.name))
+    last = {run: _column(run, "normalized_mse")[-1] for run in runs}
+    order = sorted(runs, key=lambda run: (np.isnan(last[run]), last[run], run.name))
     shown = [order[i] for i in np.unique(np.linspace(0, len(order) - 1, MOST_RUNS).astype(int))]
     canvas = Canvas(2, width=3.6)
     error = canvas.panel("Reconstruction", "training tokens", "normalized MSE", "xy")
@@ -52,13 +54,13 @@ def _curves(runs: Sequence[Run]) -> Figure:
     left = (
         f" Shown are {len(shown)} of {len(runs)}, evenly spaced in their last error." if len(runs) > len(shown) else ""
     )
-    ends = [run.curve[-1]["normalized_mse"] for run in runs]
+    ends = [value for value in last.values() if not np.isnan(value)]
     return Figure(
         name="training",
         title="Training curves",
         caption=f"Normalized MSE of training batches, as means over {1 / SMOOTHED:.1%} of a curve, and the share of "
         f"latents that count as dead, of {counted(len(runs), 'run')}.{left}",
-        statement=f"The last logged batch has a normalized MSE of {min(ends):.4f} to {max(ends):.4f}.",
+        statement=f"The last logged batch has a normalized MSE of {spanned(ends, '.4f')}." if ends else "",
         canvas=canvas,
         runs=[run.name for run in shown],
     )
@@ -87,7 +89,7 @@ def _decoder_norm(pairs: list[list[Run]]) -> Figure:
         f"{1 / SMOOTHED:.1%} of a curve, with decoder rows kept at unit norm (solid) and free (dashed); right, the "
         "relative difference batch by batch, below zero where unit norm is better: both read the same batches. "
         f"{counted(len(pairs), 'pair')} of runs: {listed([pair[0].name for pair in pairs])}. Dots: held-out text "
-        f"({pairs[0][0].metrics.get('n_tokens') or 0:,} tokens).",
+        f"({held_out([run for pair in pairs for run in pair])} tokens).",
         statement=" ".join(one["statement"] for one in numbers),
         canvas=canvas,
         runs=[run.name for pair in pairs for run in pair],
@@ -108,8 +110,8 @@ def _curve(panel: Panel, run: Run, colour: str, dash: str, label: str) -> None:
 
 def _relative(unit: Run, free: Run) -> tuple[np.ndarray, np.ndarray]:
     """Tokens that both logged, and there (unit - free) / free of normalized MSE."""
-    ours, theirs = ({line["tokens"]: line["normalized_mse"] for line in run.curve} for run in (unit, free))
-    tokens = np.array(sorted(ours.keys() & theirs.keys()), float)
+    ours, theirs = ({line["tokens"]: line.get("normalized_mse") for line in run.curve} for run in (unit, free))
+    tokens = np.array(sorted(ours.keys() & theirs.keys()), float)  # none where they logged at other steps
     a, b = (np.array([it[t] for t in tokens], float) for it in (ours, theirs))
     return tokens, (a - b) / b
 

@@ -15,6 +15,7 @@ FORMAT = 1  # raised when files change their meaning
 STUDY, PROGRESS = "study.json", "progress.json"
 WHAT = "Study"
 BY_TOKEN = ("row_offsets", "indices", "values")  # what a reservoir leaves out
+CANDIDATES = ("candidate_offsets", "candidate_rows", "candidate_values")  # what a reservoir is drawn from
 DTYPES = {
     "context_ids": "<i8",
     "document_offsets": "<i8",
@@ -52,7 +53,11 @@ def read_header(folder: Path) -> dict[str, Any]:
     """
     if not (folder / STUDY).exists() and (folder / PROGRESS).exists():
         raise TopkapiError(f"{WHAT} {folder} is not finished: run the same topkapi study again, it goes on.")
-    header = read_json(folder / STUDY, WHAT, "Give the folder that topkapi study wrote, as in runs/demo/study.")
+    if not (folder / STUDY).exists():
+        remedy = "Give the folder that topkapi study wrote, as in runs/demo/study."
+    else:
+        remedy = f"Delete the folder {folder} and run topkapi study again."
+    header = read_json(folder / STUDY, WHAT, remedy)
     if header.get("format") != FORMAT:
         raise TopkapiError(f"{WHAT} {folder} has format {header.get('format')!r}; this version reads {FORMAT}.")
     for name, facts in header["files"].items():

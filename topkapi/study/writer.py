@@ -45,6 +45,7 @@ from topkapi.parallel import ALONE, Arrays, Mesh
 from topkapi.study.invert import candidates, invert, offsets_of, thin, write_array
 from topkapi.study.layout import (
     BY_TOKEN,
+    CANDIDATES,
     DTYPES,
     FORMAT,
     PROGRESS,
@@ -462,7 +463,7 @@ def _finish(
 
 
 def clear(folder: Path, files: dict[str, Any]) -> None:
-    """Remove what a finished study does not need."""
-    for path in [folder / PROGRESS, *folder.glob("state-*.npz"), *folder.glob("*.bin")]:
-        if path.suffix != ".bin" or path.stem not in files:
-            path.unlink(missing_ok=True)
+    """Remove what a finished study does not need; files of others in its folder stay."""
+    unneeded = [path_of(folder, name) for name in (*BY_TOKEN, *CANDIDATES) if name not in files]
+    for path in [folder / PROGRESS, *folder.glob("state-*.npz"), *unneeded]:
+        path.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ import uvicorn
 import topkapi.study
 from topkapi.console import say
 from topkapi.errors import TopkapiError
+from topkapi.published import require_run
 from topkapi.study import Study
 from topkapi.study.layout import PROGRESS, STUDY
 from topkapi.viewer.app import create_app
@@ -25,8 +26,7 @@ def open_for(run: Path, folder: Path) -> Study:
     Raises:
         TopkapiError: there is none, with the command that writes it; it is damaged, or of another run.
     """
-    if not run.is_dir():
-        raise TopkapiError(f"no run {run}: give the folder that topkapi train wrote, as in topkapi view runs/demo.")
+    require_run(run)
     if not (folder / STUDY).exists() and not (folder / PROGRESS).exists():
         out = "" if folder == run / "study" else f" --out {folder}"
         raise TopkapiError(
@@ -72,7 +72,8 @@ def listening(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host, as 127.0.0..1
         number = getattr(error, "errno", None)
         reason = os.strerror(number) if number and number > 0 else str(error)
-        raise TopkapiError(f"cannot listen on {host}, port {port}: {reason}. Choose another --port, or 0.") from None
+        where = f"{host!r}, port {port}"
+        raise TopkapiError(f"cannot listen on {where}: {reason}. Choose another --host or --port.") from None
     return listener
 
 
