@@ -194,7 +194,7 @@ def test_keys_alone_lead_from_the_table_to_a_latent_and_on(window):
     window.page.keyboard.press("j")
     window.page.keyboard.press("Enter")
     window.wait_for(f"location.hash.startsWith('#/latent/{second}')")
-    assert window.text("h1") == f"Latent {second}"
+    window.wait_for(f"document.querySelector('h1')?.textContent.trim() === 'Latent {second}'")  # drawn after the hash
     window.page.keyboard.press("j" if second < 100 else "k")
     window.wait_for(f"document.querySelector('h1').textContent !== 'Latent {second}'")
     window.page.go_back()
