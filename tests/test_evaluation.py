@@ -14,8 +14,9 @@ from tests.command_line import one_line
 from topkapi import evaluation
 from topkapi.cli import main
 from topkapi.cli.reading import Metric
-from topkapi.evaluate import LATENTS, METRICS, measures
+from topkapi.evaluate import METRICS, measures
 from topkapi.evaluate.measures import MEASURES
+from topkapi.results import HELD_OUT
 from topkapi.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,7 +77,7 @@ def test_all_metrics_are_there_with_their_gaps(measured, capsys):
     }
     for name, (low, high) in found["intervals"].items():
         assert low <= found[name] <= high
-    saved = np.load(measured / LATENTS)
+    saved = np.load(measured / HELD_OUT)
     assert (saved["n_fired"] == 0).mean() == found["dead_fraction"]
     assert saved["n_fired"].sum() / saved["n_tokens"] == pytest.approx(found["l0"])
 

@@ -13,12 +13,13 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # A room is a file or folder directly in topkapi/. It imports rooms of lower layers, and files of its own folder.
 ROOMS_OF_LAYER = {
-    0: ["config", "errors", "ops", "files", "console", "parallel", "geometric_median", "plotting", "published"],
+    0: ["config", "errors", "ops", "files", "console", "parallel", "geometric_median", "plotting", "published",
+        "results"],
     1: ["model", "loss", "exchange", "gradients", "statistics"],
     2: ["auxk", "step", "optim", "checkpoint", "formats", "data", "dead", "metrics"],
     3: ["train", "evaluate", "explore", "study", "scaling"],
     4: ["cli", "recipes", "viewer", "demo", "evaluation", "bench", "sweep", "figures", "__main__", "__init__"],
-}
+}  # fmt: skip
 LAYER = {room: layer for layer, rooms in ROOMS_OF_LAYER.items() for room in rooms}
 
 # The few imports within a layer: importer -> imported. Any room may import errors.

@@ -16,7 +16,7 @@ from topkapi.train import train
 def write(run, steps, after_step=0, loggers=()):
     log = MetricsLog(run, loggers, {"some": "config"}, after_step=after_step)
     for step in steps:
-        log.write(step=step, mse=1 / step)
+        log.write(step=step, tokens=10 * step, mse=1 / step)
     log.sync()
     log.close()
 
@@ -42,8 +42,8 @@ def test_a_line_cut_short_and_a_damaged_one_are_left_out(tmp_path):
 
 def test_a_line_can_be_read_as_soon_as_it_is_written(tmp_path):
     log = MetricsLog(tmp_path, (), {})
-    log.write(step=1, mse=0.5)
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "mse": 0.5}
+    log.write(step=1, tokens=10, mse=0.5)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "tokens": 10, "mse": 0.5}
     log.close()
 
 
@@ -54,7 +54,7 @@ def test_tensorboard_holds_each_step_once(tmp_path):
     write(tmp_path, range(3, 7), after_step=2, loggers=("tensorboard",))
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert events.Tags()["scalars"] == ["mse"]
+    assert events.Tags()["scalars"] == ["tokens", "mse"]
     found = [(event.step, event.value) for event in events.Scalars("mse")]
     assert found == [(step, pytest.approx(1 / step)) for step in range(1, 7)]
 

@@ -14,7 +14,8 @@ from topkapi import checkpoint
 from topkapi.cli import main
 from topkapi.config import ModelConfig
 from topkapi.errors import TopkapiError
-from topkapi.evaluate import LATENTS, evaluate, evaluate_all
+from topkapi.evaluate import evaluate, evaluate_all
+from topkapi.results import HELD_OUT
 from topkapi.sweep import POINTS, SETTINGS, Point, read, running
 from topkapi.sweep.grid import Grid
 from topkapi.sweep.running import divide, print_table, sweep, training_flops
@@ -83,7 +84,7 @@ def assert_same_sweep(ours, theirs):
     assert (ours / POINTS).read_bytes() == (theirs / POINTS).read_bytes()
     for point in read(theirs):
         assert_same_run(ours / point.name, theirs / point.name)
-        assert (ours / point.name / LATENTS).read_bytes() == (theirs / point.name / LATENTS).read_bytes()
+        assert (ours / point.name / HELD_OUT).read_bytes() == (theirs / point.name / HELD_OUT).read_bytes()
 
 
 def test_each_point_is_as_if_trained_and_evaluated_alone(swept, base, tmp_path):

@@ -21,7 +21,7 @@ import topkapi
 from topkapi.config import EvalConfig, TrainConfig, to_dict
 from topkapi.console import say
 from topkapi.errors import TopkapiError
-from topkapi.evaluate import LATENTS, evaluate_all
+from topkapi.evaluate import METRICS, evaluate_all
 from topkapi.evaluate.compute_equivalent import read_curve, resampled
 from topkapi.evaluate.downstream import Losses
 from topkapi.evaluate.labelled import has_changed
@@ -30,10 +30,10 @@ from topkapi.evaluate.table import remarks, rows
 from topkapi.files import write_text_atomic
 from topkapi.model import Autoencoder
 from topkapi.published import WEIGHTS, read_config
+from topkapi.results import EVALUATION, HELD_OUT, read_evaluation
 from topkapi.train import Text, load_run, open_text
 
-EVALUATION = "eval.json"  # in a run folder
-PREVIOUS = "eval-previous.json"  # the one before, where it had metrics that the new one has not
+PREVIOUS = "eval-previous.json"  # the eval.json before, where it had metrics that the new one has not
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,12 @@ def evaluate_opened(
     """`evaluate_run` of a run that is open already."""
     ae = ae.to(text.language_model.device)
     same = _identity(run, text, settings)
-    results = {} if asked.fresh else _kept(run, same)
+    before = _before(run)
+    is_kept = not asked.fresh and before.get("settings") == same and before.keys() >= set(METRICS)
+    results = before if is_kept else {}
     if not results:
-        _set_aside(run, asked)
+        _set_aside(run, before, asked)
+    results.pop("settings", None)
     gaps = results.pop("gaps", {})
 
     def keep() -> None:
@@ -76,7 +79,7 @@ def evaluate_opened(
         write_text_atomic(run / EVALUATION, text + "\n")
 
     losses = None
-    if not results or asked.reference or not (run / LATENTS).exists():
+    if not results or asked.reference or not (run / HELD_OUT).exists():
         (found,) = evaluate_all([ae], text.language_model, text.splits.held_out, config.data, settings)
         found.write_latents(run)
         gaps = found.gaps | {name: why for name, why in gaps.items() if name not in found.metrics}
@@ -107,26 +110,20 @@ def _identity(run: Path, text: Text, settings: EvalConfig) -> dict[str, Any]:
     }
 
 
-def _kept(run: Path, same: dict[str, Any]) -> dict[str, Any]:
-    """What RUN/eval.json holds of the same settings; nothing where it is missing, damaged or of others."""
+def _before(run: Path) -> dict[str, Any]:
+    """What RUN/eval.json holds; nothing where it is missing or damaged."""
     try:
-        results = json.loads((run / EVALUATION).read_text(encoding="utf-8"))
-    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
+        return read_evaluation(run) or {}
+    except TopkapiError:
+        say(f"warning: {run / EVALUATION} is damaged: all that is asked for is measured anew.")
         return {}
-    if not isinstance(results, dict) or results.pop("settings", None) != same:
-        return {}
-    return results
 
 
-def _set_aside(run: Path, asked: Asked) -> None:
+def _set_aside(run: Path, before: dict[str, Any], asked: Asked) -> None:
     """Keep an eval.json with metrics that took long and are not asked for now beside the one that takes its place."""
-    try:
-        old = json.loads((run / EVALUATION).read_text(encoding="utf-8"))
-    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
-        return
-    names = [name for name in (*MEASURES, "compute_equivalent") if isinstance(old, dict) and old.get(name)]
+    names = [name for name in (*MEASURES, "compute_equivalent") if before.get(name)]
     if lost := [name for name in names if name not in asked.metrics]:
-        write_text_atomic(run / PREVIOUS, json.dumps(old, indent=2) + "\n")
+        write_text_atomic(run / PREVIOUS, json.dumps(before, indent=2) + "\n")
         why = "--fresh" if asked.fresh else "other settings, weights, text or version"
         say(f"{why}: what was measured before of {', '.join(lost)} is kept in {run / PREVIOUS}")
 

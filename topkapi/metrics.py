@@ -9,6 +9,7 @@ from typing import Any
 from topkapi.config import Logger
 from topkapi.errors import TopkapiError
 from topkapi.files import write_text_atomic
+from topkapi.results import METRICS, read_metrics
 
 
 def require(loggers: tuple[Logger, ...]) -> None:
@@ -28,14 +29,14 @@ class MetricsLog:
             TopkapiError: the package of a logger is missing.
         """
         require(loggers)
-        path = run / "metrics.jsonl"
-        kept = [line for line in _lines(path) if line["step"] <= after_step]
+        path = run / METRICS
+        kept = [line for line in read_metrics(run, skip_damaged=True) if line["step"] <= after_step]
         write_text_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = path.open("a", encoding="utf-8")
         self.sinks = [_open(name, run, config, after_step) for name in loggers]
 
     def write(self, **metrics: float | int) -> None:
-        """Append one line, with at least `step`; flushed, so that it can be followed."""
+        """Append one line, with at least `step` and `tokens`; flushed, so that it can be followed."""
         self.file.write(json.dumps(metrics) + "\n")
         self.file.flush()
         for sink in self.sinks:
@@ -63,19 +64,6 @@ class NoLog:
 
     def close(self) -> None:
         """Nothing."""
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The sound lines of a metrics file; a last line cut short by a kill is not one."""
-    found = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            found.append(line)
-    return found
 
 
 class _TensorBoard:

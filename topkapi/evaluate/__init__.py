@@ -32,9 +32,9 @@ from topkapi.evaluate.downstream import Losses, downstream_losses
 from topkapi.evaluate.reconstruction import ReconstructionMetrics
 from topkapi.files import write_atomic
 from topkapi.model import Autoencoder
+from topkapi.results import HELD_OUT
 
 HARVEST_TOKENS = 8_192  # of text, harvested at once: bounds memory
-LATENTS = "held_out.npz"  # in a run folder, see `Evaluation.write_latents`
 METRICS = (
     "normalized_mse",
     "l0",
@@ -75,7 +75,7 @@ class Evaluation:
             with path.open("wb") as file:  # given a path, numpy would change its name
                 np.savez(file, **arrays)
 
-        write_atomic(run / LATENTS, save)
+        write_atomic(run / HELD_OUT, save)
 
 
 def evaluate(

@@ -1,6 +1,5 @@
 """The picture at the end of the demo: one run at a glance."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from topkapi.files import write_atomic
 from topkapi.plotting import pyplot
+from topkapi.results import read_evaluation, read_metrics
 
 
 def draw_run(run: Path, density: Float[Tensor, " n_latents"], title: str) -> Path:
@@ -18,8 +18,7 @@ def draw_run(run: Path, density: Float[Tensor, " n_latents"], title: str) -> Pat
     Reads metrics.jsonl and eval.json of the run; `density` is each latent's fraction of tokens.
     """
     plt = pyplot()
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    results = json.loads((run / "eval.json").read_text(encoding="utf-8"))
+    metrics, results = read_metrics(run), read_evaluation(run)
     figure, (curves, densities, losses) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     _training(curves, metrics, results)
     _densities(densities, density.cpu().numpy())

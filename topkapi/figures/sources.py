@@ -4,14 +4,12 @@ A folder is a run, as `topkapi train` leaves it, or a sweep, whose points are ru
 that are not measured yet have their training curve alone.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
-from zipfile import BadZipFile
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -19,11 +17,10 @@ from jaxtyping import Float64, Int64
 from topkapi.errors import TopkapiError
 from topkapi.files import read_json
 from topkapi.published import CONFIG, WEIGHTS, read_config
+from topkapi.results import HELD_OUT, read_counts, read_evaluation, read_metrics
 from topkapi.study.layout import PROGRESS, STUDY
 from topkapi.study.reader import Study, open_study
 from topkapi.sweep import SETTINGS, Point, read
-
-METRICS, EVALUATION, HELD_OUT = "metrics.jsonl", "eval.json", "held_out.npz"
 
 # Settings that change nothing in what is learnt.
 BESIDES = (
@@ -119,24 +116,12 @@ class Run:
     @cached_property
     def evaluation(self) -> dict[str, Any]:
         """eval.json; empty where there is none."""
-        path = self.folder / EVALUATION
-        return read_plain_json(path) if path.exists() else {}
+        return read_evaluation(self.folder) or {}
 
     @cached_property
-    def curve(self) -> list[dict[str, Any]]:
+    def curve(self) -> list[dict[str, float | int | None]]:
         """The lines of metrics.jsonl; the last one, if it is being written, is left out."""
-        path, lines = self.folder / METRICS, []
-        texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-        for number, text in enumerate(texts, 1):
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                line = None
-            if isinstance(line, dict) and "tokens" in line:
-                lines.append(line)
-            elif number < len(texts):
-                raise TopkapiError(f"{path}, line {number}: damaged. Delete the line: the others are drawn.")
-        return lines
+        return read_metrics(self.folder)
 
     @cached_property
     def study(self) -> Study | None:
@@ -154,8 +139,8 @@ class Run:
         if self.study is not None:
             arrays, n_tokens = self.study.arrays, self.study.n_tokens
             found = Firings(np.array(arrays["n_fired"]), np.array(arrays["sum_squares"]), n_tokens, "study")
-        elif (path := self.folder / HELD_OUT).exists():
-            found = _read_counts(path, self.n_latents)
+        elif (counts := read_counts(self.folder, self.n_latents)) is not None:
+            found = Firings(*counts, HELD_OUT)
         else:
             return None
         return found if found.n_tokens else None
@@ -163,17 +148,6 @@ class Run:
     @property
     def has_weights(self) -> bool:
         return (self.folder / WEIGHTS).exists()
-
-
-def read_plain_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises TopkapiError if the file is damaged."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise TopkapiError(f"{path} is damaged ({error}). Delete it and run topkapi eval again.") from None
-    if not isinstance(values, dict):
-        raise TopkapiError(f"{path} holds no JSON object. Delete it and run topkapi eval again.")
-    return values
 
 
 def read_folders(folders: Sequence[Path]) -> list[Run]:
@@ -227,9 +201,8 @@ def _read_run(folder: Path, point: Point | None) -> Run:
     config = read_config(folder)
     if "training" not in config:
         raise TopkapiError(f"{folder} holds an autoencoder, but not the settings of its training: it is no run folder.")
-    metrics = asdict(point) if point else {}
-    if not metrics and (folder / EVALUATION).exists():
-        metrics = {k: v for k, v in read_plain_json(folder / EVALUATION).items() if not isinstance(v, dict | list)}
+    metrics = asdict(point) if point else read_evaluation(folder) or {}
+    metrics = {name: value for name, value in metrics.items() if not isinstance(value, dict)}
     sizes = config.get("autoencoder", config)
     facts = {"d_model": sizes.get("d_model")} | {name: config.get(name) for name in ("topkapi_version", "commit")}
     return Run(folder.resolve().name, folder, _flat(config["training"]), metrics, point is not None, facts)
@@ -251,19 +224,6 @@ def _settings_of(point: Point) -> dict[str, Any]:
 
 def _facts(point: Point) -> dict[str, Any]:
     return {"d_model": point.d_model}
-
-
-def _read_counts(path: Path, n_latents: int) -> Firings:
-    remedy = "Delete it and evaluate this run again: topkapi eval RUN."
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            n_fired, sum_squares = arrays["n_fired"].astype(np.int64), arrays["sum_squares"].astype(np.float64)
-            n_tokens = int(arrays["n_tokens"])
-    except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile) as error:
-        raise TopkapiError(f"{path} is damaged ({error}). {remedy}") from None
-    if not n_fired.shape == sum_squares.shape == (n_latents,):
-        raise TopkapiError(f"{path} is of another autoencoder: this run has {n_latents:,} latents. {remedy}")
-    return Firings(n_fired, sum_squares, n_tokens, HELD_OUT)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
