@@ -190,20 +190,19 @@ class Latent:
     def example(self, entry: int) -> Example:
         """Firing number `entry` of `rows` with the text around it: BEFORE tokens before and AFTER after it, as far as
         its context and its document reach."""
-        arrays, context = self.study.arrays, self.study.context
-        place = self._position(entry)
-        number, position = divmod(place, context)
-        source = int(arrays["context_ids"][number]) * context  # of the context, in the split's tokens
+        arrays, row = self.study.arrays, int(self.rows[entry])
+        number, position, source, document = self.study.place(row)
+        begin = number * self.study.context  # of its context, in the study's text
+        at = begin + position
         documents = arrays["document_offsets"]
-        document = int(np.searchsorted(documents, source + position, side="right")) - 1
-        first = max(number * context, place - BEFORE, place - (source + position - int(documents[document])))
-        end = min((number + 1) * context, place + AFTER + 1, place + int(documents[document + 1]) - source - position)
+        first = max(begin, at - BEFORE, at - (source - int(documents[document])))
+        end = min(begin + self.study.context, at + AFTER + 1, at + int(documents[document + 1]) - source)
         return Example(
             value=float(self.values[entry]),
-            row=int(self.rows[entry]),
+            row=row,
             document=document,
             position=position,
-            at=place - first,
+            at=at - first,
             tokens=arrays["tokens"][first:end].tolist(),
             values=self._values_at(first, end),
         )

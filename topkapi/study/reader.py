@@ -25,6 +25,19 @@ class Entries(NamedTuple):
     values: Float32[np.ndarray, " entries"]
 
 
+class Place(NamedTuple):
+    """Where an encoded token stands."""
+
+    context: int
+    """Number of its context among those of the study, whose text begins at `context * Study.context` of `tokens`."""
+    position: int
+    """In its context, from 0."""
+    source: int
+    """In the tokens of the split."""
+    document: int
+    """Number of its document in the split."""
+
+
 class Study:
     """A finished study. Arrays are memory-mapped: opening one is quick, and what is not asked for is not read."""
 
@@ -87,6 +100,13 @@ class Study:
             raise TopkapiError(f"no row {row}: {self.folder} has rows 0 to {self.n_tokens - 1}.")
         start, end = self.arrays["row_offsets"][row : row + 2]
         return Entries(self.arrays["indices"][start:end], self.arrays["values"][start:end])
+
+    def place(self, row: int) -> Place:
+        """Where the encoded token `row` stands."""
+        number, position = divmod(int(self.arrays["positions"][row]), self.context)
+        source = int(self.arrays["context_ids"][number]) * self.context + position
+        document = int(np.searchsorted(self.arrays["document_offsets"], source, side="right")) - 1
+        return Place(number, position, source, document)
 
     def require_complete(self, what: str) -> None:
         """Raise TopkapiError where the study keeps only a sample of the code."""

@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from topkapi.explore import Edit, Spliced, ablation_effects, attribute, measure, rank_correlation, sample
 from topkapi.explore.effects import TokenEffect
 from topkapi.explore.prompts import continuation
-from topkapi.explore.proportions import Rate, rate
+from topkapi.explore.proportions import rate
 from topkapi.study import Study
 from topkapi.viewer.labels import Labels
 from topkapi.viewer.patterns import Pattern
@@ -98,12 +97,9 @@ class Experiments:
 
         As many as AFTER_ABLATION of them, as far as its context reaches.
         """
-        arrays, context = self.study.arrays, self.study.context
-        number, at = divmod(int(arrays["positions"][row]), context)
-        end = number * context + min(context, at + 1 + AFTER_ABLATION)
-        ids = arrays["tokens"][number * context : end].tolist()
-        place = int(arrays["context_ids"][number]) * context + at
-        document = int(np.searchsorted(arrays["document_offsets"], place, side="right")) - 1
+        number, at, _, document = self.study.place(row)
+        begin, context = number * self.study.context, self.study.context
+        ids = self.study.arrays["tokens"][begin : begin + min(context, at + 1 + AFTER_ABLATION)].tolist()
 
         def work(spliced: Spliced, report: Report) -> dict[str, Any]:
             report(0, 1, "ablating")
@@ -152,7 +148,7 @@ class Experiments:
             if pattern:
                 report(0, 1, "counting")
                 whole = {side: [continuation(spliced.lm, row) for row in rows] for side, rows in sides.items()}
-                counts = {side: _rate(rate(pattern.count(written), n_samples)) for side, written in whole.items()}
+                counts = {side: rate(pattern.count(written), n_samples)._asdict() for side, written in whole.items()}
             return {"prompt": self.texts.each(ids), "samples": samples, "counts": counts, "mean_kl": found.mean_kl}
 
         return work
@@ -186,7 +182,3 @@ def _counted(report: Report, total: int, what: str) -> Callable[[int], None]:
         report(done, total, what)
 
     return advance
-
-
-def _rate(found: Rate) -> dict[str, Any]:
-    return found._asdict()
