@@ -178,6 +178,18 @@ def test_other_origins_change_nothing(client, origin):
     assert client.get("/api/labels").json() == {"labels": {}}
 
 
+@pytest.mark.parametrize("path", ["about", "columns", "latent/3", "latent/3/votes", "latent/3/examples", "global"])
+def test_other_sites_make_nothing_computed(client, path):
+    for headers in (
+        {"sec-fetch-site": "cross-site"},
+        {"sec-fetch-site": "same-site"},
+        {"origin": "http://evil.example"},
+    ):
+        refused(client.get(f"/api/{path}", headers=headers), 403)
+    assert client.get(f"/api/{path}", headers={"sec-fetch-site": "none"}).status_code in (200, 503)
+    assert client.get("/", headers={"sec-fetch-site": "cross-site"}).status_code == 200  # a link to the page
+
+
 def test_a_server_for_all_has_the_names_of_its_addresses():
     assert "192.168.3.4:8000" in Names("0.0.0.0")
     assert "evil.example" not in Names("0.0.0.0")

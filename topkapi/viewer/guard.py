@@ -5,8 +5,9 @@ are kept from letting other sites in:
 
 1. The Host header must be a name of this server, so that a site whose name is made to point here (DNS rebinding) gets
    nothing.
-2. What changes or costs something (POST, PUT) must come from our own origin, and as application/json, which another
-   site's form cannot send without being asked first.
+2. What the API answers is asked by our own pages alone, by any method: another site could not read an answer, and may
+   not make us compute one either. What is sent must be application/json, which another site's form cannot send without
+   being asked first.
 3. Pages may load nothing from elsewhere and run no script but ours, so that text of a token stays text.
 """
 
@@ -38,7 +39,7 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
 }
-READS = ("GET", "HEAD")
+API = "/api/"
 
 
 class Names:
@@ -88,7 +89,7 @@ class Guard:
                 MutableHeaders(scope=message).update(HEADERS)
             await send(message)
 
-        if problem := self._problem(scope["method"], Headers(scope=scope)):
+        if problem := self._problem(scope["path"], Headers(scope=scope)):
             await Answer({"error": problem}, 403)(scope, receive, guarded)
             return
         try:
@@ -99,12 +100,12 @@ class Guard:
                 raise
             await Answer({"error": "this failed; the terminal of topkapi view says how."}, 500)(scope, receive, guarded)
 
-    def _problem(self, method: str, headers: Headers) -> str | None:
+    def _problem(self, path: str, headers: Headers) -> str | None:
         hosts = headers.getlist("host")
         if len(hosts) != 1 or hosts[0] not in self.names:
             known = ", ".join(sorted(self.names.names))
             return f"this server is not called so; its names are {known}. Name others with --host."
-        if method in READS:
+        if not path.startswith(API):
             return None
         if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
             return "only the viewer's own pages may ask for this."
