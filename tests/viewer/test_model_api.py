@@ -1,7 +1,8 @@
 """What the language model answers line by line, against `topkapi.explore`; who waits, who goes away, what is refused.
 
 Seen to fail when: a cancelled task goes on to its end; a waiting task is not told so; a multiple is taken as a value;
-the ablation's position counts from the study instead of from the context.
+the ablation's position counts from the study instead of from the context; the study's own autoencoder moves to the
+language model's device.
 """
 
 import asyncio
@@ -26,6 +27,7 @@ from topkapi.errors import TopkapiError
 from topkapi.explore import Edit, Spliced, ablation_effects, attribute, measure, sample
 from topkapi.viewer.app import create_app
 from topkapi.viewer.model_api import LIMITS
+from topkapi.viewer.opened import Opened
 from topkapi.viewer.patterns import Pattern
 from topkapi.viewer.worker import MOST_WAITING, Busy, Worker
 
@@ -228,6 +230,15 @@ def test_without_a_model_there_is_no_model_work(home, study, monkeypatch):
         assert ready(client) == "failed"
         assert "the model is gone" in refused(client, "prompt", 503, text="a")
         assert client.get("/api/latent/3").status_code == 200
+
+
+def test_the_language_models_device_does_not_take_the_autoencoder_from_its_readers(home, monkeypatch):
+    monkeypatch.setattr(LanguageModel, "device", torch.device("meta"))
+    opened = Opened(home, topkapi.study.open(home / "study", home), model=True)
+    opened.start()
+    assert opened.worker.wait().ae.W_dec.device.type == "meta"
+    assert opened.study.autoencoder.W_dec.device.type == "cpu"
+    opened.close()
 
 
 def test_requests_at_the_same_time_do_not_mix(client):

@@ -1,10 +1,44 @@
 """The table of all latents that the page shows, sorts and filters."""
 
+import gzip
+import hashlib
+from threading import Lock
+from typing import NamedTuple
+
 import numpy as np
 
 from topkapi.study import Study
 from topkapi.viewer.binary import pack
 from topkapi.viewer.index import Index
+
+GZIP_LEVEL = 1  # 131 072 latents: 4.1 MB become 2.6 MB in 0.1 s; level 6 takes 0.3 s for 2 % less
+
+
+class Sent(NamedTuple):
+    """The table as it is sent."""
+
+    plain: bytes
+    zipped: bytes
+    tag: str
+
+
+class Table:
+    """The table of a study, made anew when its index has more to show."""
+
+    def __init__(self, study: Study, index: Index) -> None:
+        self.study, self.index = study, index
+        self._sent, self._version = Sent(b"", b"", ""), -1
+        self._lock = Lock()
+
+    def current(self) -> Sent:
+        """The table as far as it is known; others who ask wait while it is made."""
+        with self._lock:
+            version = self.index.version
+            if version != self._version:
+                data = table(self.study, self.index)
+                tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
+                self._sent, self._version = Sent(data, gzip.compress(data, GZIP_LEVEL), tag), version
+            return self._sent
 
 
 def table(study: Study, index: Index) -> bytes:

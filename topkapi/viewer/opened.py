@@ -5,6 +5,7 @@ requests that need them wait; those that need the language model are refused (`t
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
 from functools import cached_property, lru_cache
 from pathlib import Path
 from threading import Event
@@ -21,7 +22,8 @@ from topkapi.model import Autoencoder
 from topkapi.parallel import device_of
 from topkapi.study import Study
 from topkapi.train import device_type, saved_config
-from topkapi.viewer import latents, overview, runs
+from topkapi.viewer import latents, overview
+from topkapi.viewer.columns import Table
 from topkapi.viewer.experiments import Experiments
 from topkapi.viewer.index import Index
 from topkapi.viewer.labels import Labels
@@ -46,11 +48,12 @@ class Opened:
         self.config, self.published = saved_config(run), published.read_config(run)
         self.labels = Labels(run, study.identity["autoencoder"], study.n_latents)
         self.index = Index(study)
+        self.table = Table(study, self.index)
         self.worker = Worker(self._load_spliced if model else None)
         self.describe = lru_cache(KEPT)(self._describe)
         self.votes = lru_cache(KEPT)(self._votes)
         self._stopping = Event()
-        self._loading = ThreadPoolExecutor(3, thread_name_prefix="loading")
+        self._loading = ThreadPoolExecutor(4, thread_name_prefix="loading")
         self._autoencoder: Future[Autoencoder] = Future()
         self._texts: Future[Texts] = Future()
         self._index: Future[None] = Future()
@@ -60,7 +63,8 @@ class Opened:
         self._autoencoder = self._loading.submit(lambda: self.study.autoencoder)
         self._texts = self._loading.submit(lambda: Texts(load_tokenizer(self.config.language_model.name)))
         self._index = self._loading.submit(self.index.build, lambda: self.texts, self._stopping)
-        self._index.add_done_callback(lambda _: warm_up(self._stopping))
+        self._index.add_done_callback(lambda _: self._index_made())
+        self._loading.submit(self.table.current)  # now, and not while the first one who asks for it waits
         self.worker.start()
 
     def close(self) -> None:
@@ -107,7 +111,6 @@ class Opened:
             "language_model": header["language_model"],
             "activation": header["activation"],
             "trained_tokens": self.published.get("summary", {}).get("tokens"),
-            "evaluation": runs.evaluation(self.run),
             "study": {
                 "n_tokens": study.n_tokens,
                 "context": study.context,
@@ -132,6 +135,11 @@ class Opened:
         counted = np.maximum.accumulate(np.append(0, end))[:-1]  # documents up to the contexts before
         return int((end - np.maximum(begin - 1, counted)).clip(0).sum())
 
+    def _index_made(self) -> None:
+        if not self._stopping.is_set():
+            self.table.current()
+            warm_up(self._stopping)
+
     def _describe(self, i: int) -> dict[str, Any]:
         self._autoencoder.result()
         return latents.describe(self.study, [i])[0]
@@ -148,4 +156,5 @@ class Opened:
         if lm.fingerprint != self.study.identity["language_model"]:
             raise TopkapiError(f"{lm.name} is another language model than the one that was studied.")
         lm.model.float()
-        return Spliced(lm, ae.to(lm.device))
+        # `to` moves a module in place, and requests read the study's own meanwhile
+        return Spliced(lm, ae if lm.device == ae.W_dec.device else deepcopy(ae).to(lm.device))
