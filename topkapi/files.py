@@ -124,7 +124,7 @@ def read_json(path: Path, what: str, remedy: str = "") -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise TopkapiError(f"{what}: no file {path}.{remedy}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of UTF-8, of JSON, of whole numbers with thousands of digits
         raise TopkapiError(f"{what}: {path} is damaged: not JSON ({error}).{remedy}") from None
     checksum = value.pop("checksum", None) if isinstance(value, dict) else None
     if checksum is None:

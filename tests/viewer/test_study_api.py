@@ -4,8 +4,10 @@ Seen to fail when: a mode's upper end is left out; the interval of the density t
 labels are written without the lock; the table's columns are not padded; a latent that never fired has a mean of 0.
 """
 
+import gzip
 import json
 import os
+import shutil
 import threading
 
 import numpy as np
@@ -18,7 +20,9 @@ from tests.study.conftest import finished
 from topkapi.errors import TopkapiError
 from topkapi.viewer.app import create_app
 from topkapi.viewer.binary import unpack
+from topkapi.viewer.columns import table as table_of
 from topkapi.viewer.labels import Labels
+from topkapi.viewer.opened import Opened
 
 
 def wait_for_index(client):
@@ -158,6 +162,18 @@ def test_the_table_is_sent_again_only_when_it_changed(client):
     assert again.content == b""
 
 
+def test_the_table_is_made_before_it_is_asked_for(run, study, monkeypatch):
+    monkeypatch.setattr("topkapi.viewer.opened.warm_up", lambda _stop: None)
+    opened = Opened(run, study, model=False)
+    opened.start()
+    opened._loading.shutdown()
+    made = unpack(table_of(study, opened.index))[1]
+    monkeypatch.setattr("topkapi.viewer.columns.table", None)
+    for name, column in unpack(gzip.decompress(opened.table.current().zipped))[1].items():
+        np.testing.assert_array_equal(column, made[name])
+    opened.close()
+
+
 def test_the_whole_dictionary(client, study):
     found = client.get("/api/global").json()
     assert sum(found["density"]["counts"]) + found["density"]["n_dead"] == study.n_latents
@@ -189,6 +205,17 @@ def test_runs_beside_are_listed_and_broken_ones_passed_over(client, run):
     assert [row["name"] for row in found["runs"]] == ["other", "tiny"]
     assert found["runs"][0]["normalized_mse"] == 0.25
     assert [row["has_study"] for row in found["runs"]] == [False, True]
+
+
+def test_of_very_many_folders_those_that_changed_last_are_looked_at(client, run, monkeypatch):
+    monkeypatch.setattr("topkapi.viewer.runs.MOST", 3)
+    os.utime(run, (0, 0))
+    for age, name in enumerate(("d", "b", "c", "a")):
+        shutil.copytree(run, run.parent / name, ignore=shutil.ignore_patterns("study", "*.safetensors"))
+        os.utime(run.parent / name, (10**9 - age, 10**9 - age))
+    found = client.get("/api/runs").json()
+    assert [row["name"] for row in found["runs"]] == ["b", "d", "tiny"]
+    assert found["n_left_out"] == 2
 
 
 def test_labels_are_kept(client, run, study):

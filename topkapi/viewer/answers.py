@@ -8,6 +8,14 @@ from typing import Any
 import numpy as np
 from starlette.responses import Response
 
+LARGEST = 1e300
+
+
+def finite(value: Any) -> float | int | None:
+    """A value that was read from a file, if it is a number of any use, else None."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and -LARGEST <= value <= LARGEST else None
+
 
 def plain(value: Any) -> Any:
     """`value` out of dicts, lists, strings and Python's numbers alone; NaN and infinities become None."""

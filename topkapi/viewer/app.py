@@ -22,6 +22,7 @@ from topkapi.viewer.opened import Opened
 from topkapi.viewer.study_api import StudyApi
 
 STATIC = Path(__file__).parent / "static"
+OF_DAMAGE = (ArithmeticError, LookupError, MemoryError, TypeError, ValueError)  # numbers that cannot be
 
 
 def create_app(run: Path, study: Study, *, model: bool = True, host: str = "127.0.0.1") -> Starlette:
@@ -43,12 +44,23 @@ def create_app(run: Path, study: Study, *, model: bool = True, host: str = "127.
         finally:
             opened.close()
 
+    def unexpected(request: Request, error: Exception) -> Response:
+        """What a damaged study may cause: its files are read once, and where they are sound the fault is ours."""
+        try:
+            study.verify()
+        except TopkapiError as damage:
+            return _mistaken(request, damage)
+        except OSError as missing:
+            return _mistaken(request, TopkapiError(f"the study cannot be read: {missing}."))
+        raise error
+
     routes = [*StudyApi(opened, LIMITS).routes(), *ModelApi(opened).routes()]
     api = Router(routes, redirect_slashes=False)
     return Starlette(
         routes=[Mount("/api", api), Mount("/", StaticFiles(directory=STATIC, html=True))],
         middleware=[Middleware(Guard, names=Names(host))],
-        exception_handlers={Refused: _refused, TopkapiError: _mistaken, HTTPException: _http},
+        exception_handlers=dict.fromkeys(OF_DAMAGE, unexpected)
+        | {Refused: _refused, TopkapiError: _mistaken, HTTPException: _http},
         lifespan=lifespan,
     )
 

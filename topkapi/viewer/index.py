@@ -119,7 +119,7 @@ class Index:
             header, arrays = unpack(self.path.read_bytes())
             tokens = header["tokens"]
             whole = header["identity"] == self._identity() and header["sha256"] == _digest(arrays, tokens)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             whole = False
         if whole and arrays.keys() == self.arrays.keys():
             self.tokens, self.arrays = tokens, arrays

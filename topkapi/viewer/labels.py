@@ -35,7 +35,7 @@ class Labels:
             return {}
         version = (found.st_mtime_ns, found.st_size, found.st_ino)  # clocks of file systems tick every few ms
         if version != self._read[0]:
-            self._read = (version, self._parsed(self.path.read_text(encoding="utf-8", errors="replace")))
+            self._read = (version, self._parsed(self._text()))
         return self._read[1]
 
     def set(self, labels: dict[int, Label]) -> None:
@@ -45,6 +45,12 @@ class Labels:
             kept = {str(i): merged[i] for i in sorted(merged) if any(merged[i].values())}
             text = json.dumps({"autoencoder": self.autoencoder, "labels": kept}, indent=1, ensure_ascii=False)
             write_text_atomic(self.path, text + "\n")
+
+    def _text(self) -> str:
+        try:
+            return self.path.read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise TopkapiError(f"{self.path} cannot be read: {error.strerror}.") from None
 
     def _parsed(self, text: str) -> dict[int, Label]:
         try:

@@ -1,6 +1,5 @@
 """The dictionary as a whole: distributions over latents, how training went, what was measured."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,12 @@ import torch
 from jaxtyping import Float64
 
 from topkapi.errors import TopkapiError
+from topkapi.results import read_metrics
 from topkapi.statistics.densities import LogFit, compare, count_latents, cumulative_share, dense_mass, dense_measure
 from topkapi.study import Study
+from topkapi.viewer.answers import finite
 from topkapi.viewer.runs import evaluation
 
-METRICS = "metrics.jsonl"
 BINS = 60
 POINTS = 400  # of a curve, at most
 ROWS_AT_ONCE = 2**14  # of W_enc and W_dec
@@ -23,6 +23,7 @@ LN10 = math.log(10)
 
 def whole(study: Study, run: Path) -> dict[str, Any]:
     """What the page of the whole dictionary shows."""
+    measured = evaluation(run)
     return {
         "density": distribution(study.density),
         "importance": distribution(study.importance),
@@ -30,7 +31,8 @@ def whole(study: Study, run: Path) -> dict[str, Any]:
         "dense": _dense(study),
         "alignment": _alignment(study),
         "training": training(run),
-        "evaluation": evaluation(run),
+        "evaluation": measured.metrics,
+        "evaluation_problem": measured.problem,
     }
 
 
@@ -106,20 +108,11 @@ def _alignment(study: Study) -> dict[str, Any]:
 def training(run: Path) -> dict[str, Any]:
     """The series of metrics.jsonl, evenly thinned to some hundred points; lines that are damaged are passed over."""
     try:
-        lines = (run / METRICS).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
+        lines = read_metrics(run, skip_damaged=True)
+    except OSError:
         lines = []
-    rows = [row for line in lines[:: max(1, len(lines) // POINTS)] if (row := _metrics(line))]
+    rows = [line for line in lines if finite(line["tokens"]) is not None]
+    rows = rows[:: max(1, len(rows) // POINTS)]
     names = {name: None for row in rows for name in row if name not in ("tokens", "step")}  # in the order written
-    series = {name: [row.get(name) for row in rows] for name in names}
+    series = {name: [finite(row.get(name)) for row in rows] for name in names}
     return {"tokens": [row["tokens"] for row in rows], "series": series}
-
-
-def _metrics(line: str) -> dict[str, float | int] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(row, dict) or not isinstance(row.get("tokens"), int | float):
-        return None
-    return {name: value for name, value in row.items() if isinstance(value, int | float)}

@@ -77,7 +77,7 @@ function draw(main, found, page, charts, backend) {
       distributionCard("Importance", "importance", found.importance, later, "Mean squared value over all tokens."),
       trainingCard(found.training, page, later),
       cumulativeCard(found.cumulative, later),
-      evaluationCard(found.evaluation),
+      evaluationCard(found.evaluation, found.evaluation_problem),
       h("div", { class: "stack" }, alignmentCard(found.alignment, later), denseCard(found.dense)),
     ),
   );
@@ -284,19 +284,18 @@ function rowsTable(rows) {
   );
 }
 
-function evaluationCard(evaluation) {
+function evaluationCard(evaluation, problem) {
+  if (problem) return card("Evaluation", {}, stateNote("failed", "What was measured cannot be read.", problem));
   if (!evaluation)
     return card(
       "Evaluation",
       {},
       stateNote("quiet", "Not evaluated yet.", null, h("p", {}, h("code", {}, "topkapi eval RUN"))),
     );
-  const rows = Object.entries(evaluation).flatMap(([name, value]) => {
+  const { intervals, ...metrics } = evaluation;
+  const rows = Object.entries(metrics).flatMap(([name, value]) => {
     const [text, tip, write = number] = MEASURED[name] ?? [name.replaceAll("_", " "), null];
-    if (typeof value === "number") return [[text, write(value), tip]];
-    if (value && typeof value === "object" && typeof value.value === "number")
-      return [[text, `${write(value.value)} ${Array.isArray(value.interval) ? interval(value.interval) : ""}`, tip]];
-    return [];
+    return typeof value === "number" ? [[text, `${write(value)} ${interval(intervals[name], write)}`, tip]] : [];
   });
   return card("Evaluation", {}, rowsTable(rows));
 }

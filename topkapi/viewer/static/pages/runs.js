@@ -45,7 +45,7 @@ export function open(main, route, backend) {
 }
 
 function draw(main, found, page) {
-  const measured = found.runs.filter((run) => run.normalized_mse > 0 && run.l0 > 0);
+  const measured = found.runs.filter((run) => run.normalized_mse > 0 && run.l0 > 0 && run.n_latents > 0);
   const hosts = [h("div", {}), h("div", {})];
   const ks = [...new Set(measured.map((run) => run.k))].sort((a, b) => a - b);
   const colourOf = (k) => PALETTE[ks.indexOf(k) % PALETTE.length];
@@ -61,11 +61,13 @@ function draw(main, found, page) {
         found.runs.length === 1
           ? "no other run is beside this one"
           : `${count(found.runs.length)} in the folder of this one`,
+        found.n_left_out ? `; left out: ${count(found.n_left_out)} that changed longer ago` : "",
       ),
     ),
     h(
       "div",
       { class: "stack" },
+      problemsNote(found.problems),
       table(found, page),
       measured.length
         ? h(
@@ -95,6 +97,12 @@ function draw(main, found, page) {
       lawLines(found.fit, ks, measured, colourOf),
     ),
   );
+}
+
+function problemsNote(problems) {
+  if (!problems.length) return null;
+  const each = problems.map(({ path_name: name, why }) => h("p", {}, h("b", {}, name), `: ${why}`));
+  return stateNote("failed", "Some files here are damaged; their numbers are missing below.", null, each);
 }
 
 function table(found, page) {

@@ -1,0 +1,193 @@
+"""Damaged files of a run, of its study and of what lies beside: each answer is a gap that is told, or a sentence.
+
+Seen to fail when: an eval.json with a text for a number is trusted; a point of a sweep may have any name; numbers
+beyond floating point go into the law; a study's files are not looked at after an index out of range; a labels.json that
+is a folder is read.
+"""
+
+import json
+import shutil
+import time
+
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+
+import topkapi.study
+from topkapi.files import write_json
+from topkapi.sweep import POINTS, SETTINGS
+from topkapi.viewer import overview, runs
+from topkapi.viewer.answers import to_json
+from topkapi.viewer.app import create_app
+
+DAMAGED = [
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b'"text"',
+    b"\x00\xff\xfe" * 500,
+    b"\xef\xbb\xbf{}",
+    b"[" * 100_000,
+    b'{"a":' * 900 + b"1" + b"}" * 900,
+    b"9" * 6_000,
+    b'{"step": 1, "tokens": ' + b"9" * 6_000 + b"}",
+]
+STRANGE = ["many", None, True, [], {}, [1, "x"], float("nan"), float("inf"), -1, 0, 1e308, 10**400, "\ud800"]
+POINT = {
+    **{"name": "one", "n_latents": 64, "k": 4, "sparsity": "none", "l1_coefficient": 0.0, "lr": 1e-3, "seed": 0},
+    **{"decoder_norm": True, "d_model": 64, "tokens": 500, "n_parameters": 9, "flops": 1.0, "n_tokens": 5},
+    **{name: 0.5 for name in ("normalized_mse", "l0", "dead_fraction", "ce_clean", "ce_spliced", "ce_zero_ablation")},
+    **{name: 0.5 for name in ("ce_mean_ablation", "kl", "loss_recovered")},
+}
+
+FIELDS = ("name", "n_latents", "k", "sparsity", "tokens", "normalized_mse")
+
+
+def put(path, content):
+    """A file of these bytes, or a folder in its place."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    path.mkdir() if content is None else path.write_bytes(content)
+
+
+def beside(run):
+    """The answer about runs as the page reads it: numbers and gaps alone."""
+    found = json.loads(to_json(runs.beside(run)))
+    for row in found["runs"]:
+        for name in ("n_latents", "k", "tokens", "lr", "seed", *runs.METRICS):
+            assert row[name] is None or isinstance(row[name], int | float), (name, row)
+    return found
+
+
+@pytest.fixture
+def other(run):
+    """A sound run beside `run`, which is listed."""
+    put(run.parent / "other" / "config.json", (run / "config.json").read_bytes())
+    return run.parent / "other"
+
+
+def with_config(other, change):
+    config = json.loads((other / "config.json").read_text())
+    config.pop("checksum")
+    change(config)
+    write_json(other / "config.json", config)
+
+
+def test_an_evaluation_that_is_none_is_told_and_its_numbers_are_gaps(run, other):
+    strange = [json.dumps({"normalized_mse": value, "l0": 4.0}).encode() for value in STRANGE]
+    strange += [json.dumps({"normalized_mse": 0.5, "intervals": value}).encode() for value in STRANGE]
+    for content in (*DAMAGED, *strange, None):
+        put(other / "eval.json", content)
+        found = beside(run)
+        assert [row["name"] for row in found["runs"]] == ["other", "tiny"]
+        assert all(problem["path_name"] == "other" for problem in found["problems"])
+        to_json(runs.evaluation(other))
+    for content in (b'{"normalized_mse": "text"}', b"[]", None):
+        put(other / "eval.json", content)
+        (problem,) = beside(run)["problems"]
+        assert "eval.json" in problem["why"]
+
+
+def test_configs_that_are_none_are_passed_over_or_have_gaps(run, other):
+    sound = (other / "config.json").read_bytes()
+    for content in (*DAMAGED, sound[: len(sound) // 2], None):
+        put(other / "config.json", content)
+        assert [row["name"] for row in beside(run)["runs"]] == ["tiny"]
+    for value in STRANGE:
+        for change in (
+            lambda config, value=value: config["autoencoder"].update(n_latents=value, k=value),
+            lambda config, value=value: config["autoencoder"].update(activation=value),
+            lambda config, value=value: config.update(summary=value),
+            lambda config, value=value: config.update(training=value),
+            lambda config, value=value: config.update(autoencoder=value),
+        ):
+            put(other / "config.json", sound)
+            with_config(other, change)
+            beside(run)
+
+
+def test_sweeps_that_are_none_are_told(run):
+    folder = run.parent / "sweep"
+    put(folder / SETTINGS, b"{}")
+    names = [3, "", "..", "../..", "/etc", "a\0b", "x" * 5_000, "\ud800"]
+    strange = [json.dumps(POINT | {"name": name}).encode() for name in names]
+    strange += [json.dumps(POINT | {field: value}).encode() for field in FIELDS for value in STRANGE]
+    for content in (*DAMAGED, *strange, None):
+        put(folder / POINTS, content)
+        beside(run)
+    put(folder / POINTS, json.dumps(POINT).encode() + b"\n{\n")
+    (problem,) = beside(run)["problems"]
+    assert problem["path_name"] == "sweep"
+    assert "line 2" in problem["why"]
+    put(folder / POINTS, json.dumps(POINT).encode())
+    assert [row["path_name"] for row in beside(run)["runs"]] == ["sweep/one", "tiny"]
+
+
+def test_strange_losses_leave_the_law_of_the_others(run, other, monkeypatch):
+    monkeypatch.setattr(runs, "N_BOOTSTRAP", 5)
+    put(other / "eval.json", json.dumps({"normalized_mse": 10**400}).encode())
+    folder = run.parent / "sweep"
+    put(folder / SETTINGS, b"{}")
+    sound = [
+        POINT | {"name": f"{n}-{k}", "n_latents": n, "k": k, "normalized_mse": 3 * n**-0.2 * k**-0.3}
+        for n in (64, 128, 256, 512)
+        for k in (2, 4, 8)
+    ]
+    strange = [POINT | {"name": str(value), "normalized_mse": value} for value in (float("nan"), float("inf"), -1.0)]
+    put(folder / POINTS, "\n".join(map(json.dumps, sound + strange)).encode())
+    assert beside(run)["fit"]["n_points"] == len(sound)
+
+
+def test_metrics_that_are_none_are_passed_over(run):
+    sound = (run / "metrics.jsonl").read_bytes().splitlines()
+    strange = [json.dumps({"step": 1, "tokens": 5, "l0": value}).encode() for value in STRANGE]
+    strange += [json.dumps({"step": 1, "tokens": value, "l0": 1}).encode() for value in STRANGE]
+    put(run / "metrics.jsonl", b"\n".join([*DAMAGED, *strange, *sound]))
+    found = json.loads(to_json(overview.training(run)))
+    assert len(found["tokens"]) >= len(sound)
+    assert all(isinstance(tokens, int | float) for tokens in found["tokens"])
+    put(run / "metrics.jsonl", None)
+    assert overview.training(run)["tokens"] == []
+
+
+def ask(client, path):
+    """The status of an answer, which has a sentence where it is none."""
+    started = time.monotonic()
+    answer = client.get(path)
+    assert time.monotonic() - started < 10, path
+    assert answer.status_code < 500, (path, answer.text)
+    if answer.status_code != 200:
+        assert isinstance(answer.json()["error"], str)
+    return answer.status_code
+
+
+def test_labels_damaged_while_they_are_served_are_told(client, run):
+    assert ask(client, "/api/labels") == 200
+    for content in (*DAMAGED, None):
+        put(run / "labels.json", content)
+        assert ask(client, "/api/labels") == ask(client, "/api/latent/3") == 400
+        assert client.put("/api/labels/3", json={"label": "x"}).status_code == 400
+    assert ask(client, "/api/latent/3/examples") == 200
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy
+def test_a_damaged_study_is_told(run, capsys):
+    sound = topkapi.study.open(run / "study", run)
+    i = int(sound.n_fired.argmax())
+    told = set()
+    for name in sound.arrays:
+        path = run / "study" / f"{name}.bin"
+        content, size = path.read_bytes(), path.stat().st_size
+        path.write_bytes(np.random.default_rng(0).bytes(size))
+        shutil.rmtree(run / "study" / "index", ignore_errors=True)
+        study = topkapi.study.open(run / "study", run)
+        with TestClient(create_app(run, study, model=False), base_url="http://127.0.0.1") as client:
+            paths = [f"latent/{i}", "latent/0", "columns", "global", "about", "runs"]
+            paths += [f"latent/{i}/examples?kind={kind}" for kind in ("top", "random", "quantile", "near")]
+            if any(ask(client, f"/api/{path}") == 400 for path in paths):
+                told.add(name)
+        path.write_bytes(content)
+    assert {"latent_rows", "positions", "row_offsets"} <= told
+    capsys.readouterr()
