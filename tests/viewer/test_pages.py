@@ -1,12 +1,15 @@
 """The page in a real browser: what it shows is what the API says, and it can be used by keys and in narrow windows.
 
 Mutations seen to fail: rows sorted ascending where descending is asked; `innerHTML` for a label; the range of a mode
-not sent to the server; a label kept in the page alone; softer text in light windows; a table wider than a telephone.
+not sent to the server; a label kept in the page alone, or not saved when the page is left; softer text in light
+windows; a table wider than a telephone.
 """
 
 import json
+import os
 import re
 import shutil
+import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -343,6 +346,34 @@ def test_a_label_is_saved_and_there_after_reloading(window, run, busiest):
     assert window.text(".given") == "river words"
     window.go('#/latents?q=label:"river words"', ROWS)
     assert rows(window) == [busiest]
+
+
+@pytest.mark.parametrize("how", ["another page", "closed"])
+def test_a_label_typed_just_before_the_page_is_left_is_saved(context, address, run, busiest, how):
+    window = Window(context, address)
+    window.go(f"#/latent/{busiest}", "#label")
+    window.page.fill("#label", f"until {how}")
+    window.page.goto("about:blank") if how == "another page" else window.page.close(run_before_unload=True)
+    until = time.monotonic() + 5
+    while f'"until {how}"' not in (run / "labels.json").read_text():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    window.page.close()
+
+
+def test_what_is_damaged_or_left_out_is_told(window, run, monkeypatch):
+    monkeypatch.setattr("topkapi.viewer.runs.MOST", 2)
+    for name in ("broken", "older"):
+        (run.parent / name).mkdir()
+        shutil.copy(run / "config.json", run.parent / name)
+    (run.parent / "broken" / "eval.json").write_text('{"normalized_mse": "text"}')
+    os.utime(run.parent / "older", (0, 0))
+    window.go("#/runs", "table.runs")
+    assert "left out: 1 " in window.text(".page-head")
+    assert "broken" in window.text(".state-note.failed")
+    assert "normalized_mse" in window.text(".state-note.failed")
+    assert window.page.locator("table.runs tbody tr").count() == 2
+    assert window.faint() == []
 
 
 def test_markup_in_tokens_and_labels_is_text(window, busiest):

@@ -35,7 +35,8 @@ class Live {
     return get(`api/latent/${i}/examples?${asked}`);
   }
 
-  saveLabel = (i, label, note) => send("PUT", `api/labels/${i}`, { label, note });
+  /** Arrives even if the page is closed meanwhile. */
+  saveLabel = (i, label, note) => send("PUT", `api/labels/${i}`, { label, note }, { keepalive: true });
   importLabels = (labels) => send("POST", "api/labels", { labels });
 
   /** Work of the language model: calls `onProgress` with {done, total, what} and returns the result. */
@@ -127,9 +128,9 @@ async function get(url) {
   return answer.json();
 }
 
-async function send(method, url, body, signal) {
+async function send(method, url, body, { keepalive = false } = {}) {
   const headers = { "Content-Type": "application/json" };
-  const answer = await request(url, { method, headers, body: JSON.stringify(body), signal });
+  const answer = await request(url, { method, headers, body: JSON.stringify(body), keepalive });
   if (!answer.ok) throw new Failure(await sentence(answer));
   return answer.json();
 }
@@ -166,7 +167,7 @@ async function fetchColumns(url) {
 }
 
 /** 8 bytes: length of the JSON header; the header; the arrays, each at its offset from the start of the file. */
-export function readColumns(buffer) {
+function readColumns(buffer) {
   const length = Number(new DataView(buffer).getBigUint64(0, true));
   const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 8, length)));
   const found = { n_latents: header.n_latents, n_tokens: header.n_tokens, tokens: header.tokens };

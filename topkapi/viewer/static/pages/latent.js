@@ -517,7 +517,7 @@ class LatentPage {
 
   close() {
     this.closed = true;
-    this.label?.saveNow();
+    this.label?.close();
     document.removeEventListener("about", this.onAbout);
     this.hist?.close();
     for (const chart of this.charts) chart.close();

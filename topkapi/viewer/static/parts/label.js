@@ -1,10 +1,10 @@
-// The name and the note that people give to a latent, saved as they type.
+// The name and the note that people give to a latent, saved as they type, and when the page is left.
 
 import { card, h } from "./dom.js";
 
 const SAVE_AFTER = 700; // milliseconds of quiet before a label is saved
 
-/** The card; {element, saveNow()}. `onSaved({label, note})`. Read-only in an export. */
+/** The card; {element, close()}. `onSaved({label, note})`. Read-only in an export. */
 export function labelCard(backend, i, saved, onSaved) {
   const { isStatic } = backend;
   const state = h(
@@ -29,7 +29,7 @@ export function labelCard(backend, i, saved, onSaved) {
     readOnly: isStatic,
     placeholder: isStatic ? "" : "what speaks for it, what against",
   });
-  const saveNow = isStatic
+  const close = isStatic
     ? () => {}
     : saveOnChange({ label, note, state }, (said) => backend.saveLabel(i, said.label, said.note), onSaved);
   const element = card(
@@ -42,10 +42,10 @@ export function labelCard(backend, i, saved, onSaved) {
       h("div", { class: "field" }, h("label", { for: "note" }, "Note"), note),
     ),
   );
-  return { element, saveNow };
+  return { element, close };
 }
 
-/** Saves after a moment of quiet, and says so; returns what saves at once. */
+/** Saves after a moment of quiet, and says so; returns what saves at once and listens no more. */
 function saveOnChange({ label, note, state }, send, onSaved) {
   let due;
   const say = (text, failed = false) => {
@@ -74,5 +74,12 @@ function saveOnChange({ label, note, state }, send, onSaved) {
     input.addEventListener("change", () => due && save());
   }
   label.addEventListener("keydown", (event) => event.key === "Enter" && due && save());
-  return () => due && save();
+  const saveNow = () => due && save();
+  addEventListener("pagehide", saveNow);
+  document.addEventListener("visibilitychange", saveNow);
+  return () => {
+    removeEventListener("pagehide", saveNow);
+    document.removeEventListener("visibilitychange", saveNow);
+    saveNow();
+  };
 }
