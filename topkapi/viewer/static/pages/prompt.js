@@ -233,7 +233,6 @@ class PromptPage {
       onPoint: (latent) => this.point(latent),
       steer: (latent) => this.steer(latent),
     });
-    const of = this.token === null ? "the whole prompt" : "one token";
     const clear =
       this.token !== null &&
       h("button", { class: "quiet", type: "button", on: { click: () => this.pick(this.token) } }, "Whole prompt");
@@ -253,7 +252,6 @@ class PromptPage {
       list,
     );
     made.querySelector("h2").append(head);
-    made.setAttribute("data-of", of);
     fill(this.listHost, made);
   }
 

@@ -7,7 +7,7 @@ import { h } from "./dom.js";
 import { hideTip, showTip } from "./tips.js";
 
 /**
- * A chart in `host` that keeps its width. `axis`: {range: [low, high], log, title, format, ticks}.
+ * A chart in `host` that keeps its width. `axis`: {range: [low, high], log, title, format}.
  *
  * draw(pen): called whenever it is drawn, see `Pen`. hover(x, y, pen): {x, y, lines} of what is near, or null.
  * click(x, y, pen); select({x: [low, high], y: [low, high]} or null): makes a brush. overlay(u): places elements in
@@ -169,7 +169,7 @@ function axisOf(axis, paint, side, space) {
     space,
     size: side ? 46 : 30,
     gap: 4,
-    grid: { stroke: paint.grid, width: 1, show: side === 1 || axis.grid === true },
+    grid: { stroke: paint.grid, width: 1, show: side === 1 },
     ticks: { stroke: paint.line, width: 1, size: 4 },
     border: side ? { show: false } : { show: true, stroke: paint.line, width: 1 },
     values: (_, ticks) => ticks.map((tick) => format(tick)),
@@ -179,7 +179,6 @@ function axisOf(axis, paint, side, space) {
   if (axis.log)
     made.splits = (u) =>
       logTicks(axis.range, side ? u.bbox.height / devicePixelRatio / 32 : u.bbox.width / devicePixelRatio / 60);
-  if (axis.ticks) made.splits = () => axis.ticks;
   return made;
 }
 
@@ -202,7 +201,7 @@ function logTicks([low, high], most) {
 }
 
 /** Draws in the units of the scales. */
-export class Pen {
+class Pen {
   constructor(u, paint) {
     Object.assign(this, { u, paint, ctx: u.ctx, ratio: devicePixelRatio });
   }
@@ -304,7 +303,7 @@ export function histogram(
     y,
     draw: (pen) => {
       pen.bars(edges, values, (i) => colour?.(i, pen.paint) ?? pen.paint.accent);
-      over?.(pen, (n) => (logCounts ? Math.log10(Math.max(n, 1e-9)) : n));
+      over?.(pen);
     },
     hover: (left, top, pen) => {
       const value = pen.u.posToVal(left, "x");
@@ -371,11 +370,11 @@ function shades(colour, opacity) {
 }
 
 /** A small table of a chart's numbers, folded away: the text alternative. */
-export function numbersTable(titles, rows, summary = "The numbers") {
+export function numbersTable(titles, rows) {
   return h(
     "details",
     { class: "numbers" },
-    h("summary", {}, summary),
+    h("summary", {}, "The numbers"),
     h(
       "div",
       { class: "numbers-scroll" },

@@ -11,14 +11,14 @@ export function h(tag, props = {}, ...children) {
     else if (name === "data") Object.assign(made.dataset, value);
     else if (name === "on")
       for (const [event, listener] of Object.entries(value)) made.addEventListener(event, listener);
-    else if (name.includes("-") || name === "role" || name === "for" || name === "list") made.setAttribute(name, value);
+    else if (name.includes("-") || name === "role" || name === "for") made.setAttribute(name, value);
     else made[name] = value;
   }
   made.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
   return made;
 }
 
-export function setStyle(element, style) {
+function setStyle(element, style) {
   for (const [name, value] of Object.entries(style)) element.style.setProperty(name, value);
 }
 
@@ -27,19 +27,13 @@ let lastId = 0;
 export const freshId = (what) => `${what}-${++lastId}`;
 
 /** A field with its label above it. */
-export function field(label, input, { hint, wide } = {}) {
+export function field(label, input) {
   input.id ||= freshId("field");
-  return h(
-    "div",
-    { class: wide ? "field wide" : "field" },
-    h("label", { for: input.id }, label),
-    input,
-    hint ? h("span", { class: "hint" }, hint) : null,
-  );
+  return h("div", { class: "field" }, h("label", { for: input.id }, label), input);
 }
 
 /** A card: a section with a heading, what belongs beside the heading, and a body. */
-export function card(title, { beside, className = "", level = "h2", info } = {}, ...body) {
+export function card(title, { beside, className = "", info } = {}, ...body) {
   const id = freshId("card");
   return h(
     "section",
@@ -47,7 +41,7 @@ export function card(title, { beside, className = "", level = "h2", info } = {},
     h(
       "div",
       { class: "card-head" },
-      h(level, { id }, title),
+      h("h2", { id }, title),
       info ? explain(info) : null,
       beside ? h("div", { class: "beside" }, beside) : null,
     ),

@@ -86,7 +86,7 @@ function ranksOf(texts) {
 }
 
 /** Indices in the order of rising keys, ties by index: two passes of 16 bits, linear in the number of keys. */
-export function radixOrder(keys) {
+function radixOrder(keys) {
   let from = Uint32Array.from(keys.keys());
   let to = new Uint32Array(keys.length);
   for (const shift of [0, 16]) {

@@ -30,7 +30,7 @@ const COMPARE = {
 const TERM = /\s*(-?)(?:([A-Za-z_]+)\s*(<=|>=|!=|<|>|=|:)\s*("(?:[^"\\]|\\.)*"?|[^\s"]+)?|("(?:[^"\\]|\\.)*"?)|(\S+))/y;
 
 /** The terms of a query: {negated, name, operator, value, text}; `name` is null for free text. */
-export function parseQuery(query) {
+function parseQuery(query) {
   const terms = [];
   TERM.lastIndex = 0;
   while (TERM.lastIndex < query.trimEnd().length) {

@@ -27,9 +27,9 @@ export function setToken(cell, text) {
 /**
  * A strip of tokens. `paint(i)`: null, or {kind: "heat" | "rise" | "fall", share: 0..1} for the background.
  * `tip(i)`: lines of the note. `at`: the token that matters, marked. `gap(i)`: nothing is known of the token.
- * `onPoint(i)`: hovered or reached by keys; `onPick(i)`: clicked or Enter.
+ * `onPick(i)`: clicked or Enter.
  */
-export function tokenStrip({ tokens, label, paint, tip, at = -1, gap, onPoint, onPick, className = "" }) {
+export function tokenStrip({ tokens, label, paint, tip, at = -1, gap, onPick, className = "" }) {
   const parts = tokens.flatMap((text, i) => tokenSpan(text, i, i === at));
   const pieces = parts.filter((part) => typeof part !== "string");
   const strip = h("div", { class: `strip ${className}`, role: "group", "aria-label": label }, parts);
@@ -44,7 +44,6 @@ export function tokenStrip({ tokens, label, paint, tip, at = -1, gap, onPoint, o
 
   const point = (i) => {
     if (tip) showTip(pieces[i].getClientRects()[0] ?? pieces[i].getBoundingClientRect(), ...tip(i));
-    onPoint?.(i);
   };
   strip.pick = (i) => {
     for (const piece of pieces) piece.removeAttribute("aria-current");
@@ -55,10 +54,7 @@ export function tokenStrip({ tokens, label, paint, tip, at = -1, gap, onPoint, o
     return piece ? Number(piece.dataset.i) : -1;
   };
   strip.addEventListener("pointerover", (event) => of(event) >= 0 && point(of(event)));
-  strip.addEventListener("pointerleave", () => {
-    hideTip();
-    onPoint?.(-1);
-  });
+  strip.addEventListener("pointerleave", hideTip);
   strip.addEventListener("focusin", (event) => of(event) >= 0 && point(of(event)));
   strip.addEventListener("focusout", hideTip);
   strip.addEventListener("click", (event) => of(event) >= 0 && onPick?.(of(event)));
