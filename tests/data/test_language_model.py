@@ -325,3 +325,12 @@ def test_a_damaged_converted_model_is_refused(converted, monkeypatch, name, dama
             gguf_models.converted(home / "tiny.gguf", "tiny")
     finally:
         path.write_bytes(sound)
+
+
+def test_logits_from_a_position_on_are_those_of_all(folder, monkeypatch):
+    lm = load(folder)
+    wanted = lm.logits(TOKENS)
+    for first in (0, 3, TOKENS.shape[1] - 1):
+        torch.testing.assert_close(lm.logits(TOKENS, first=first), wanted[:, first:])
+    monkeypatch.setattr(type(lm), "_last", lambda _self, _n: {})  # a model that always gives all
+    torch.testing.assert_close(lm.logits(TOKENS, first=3), wanted[:, 3:])

@@ -168,15 +168,22 @@ class LanguageModel:
 
     @torch.no_grad()
     def logits(
-        self, tokens: Int[Tensor, "b context"], replace: Replace | None = None
-    ) -> Float[Tensor, "b context vocab"]:
-        """Logits of the next token, in float32 (float64 of a model in float64).
+        self, tokens: Int[Tensor, "b context"], replace: Replace | None = None, first: int = 0
+    ) -> Float[Tensor, "b positions vocab"]:
+        """Logits of the next token from position `first` on, in float32 (float64 of a model in float64).
 
         `replace` maps the activations at the site to those that go on instead.
         """
         tokens = self._checked(tokens)
+        n = tokens.shape[1] - first
         with self._at_site(replace):
-            return _widened(self.model(input_ids=tokens, use_cache=False).logits)
+            logits = self.model(input_ids=tokens, use_cache=False, **self._last(n)).logits
+        return _widened(logits[:, logits.shape[1] - n :])
+
+    def _last(self, n: int) -> dict[str, int]:
+        """The option that keeps the output matrix to the last n positions, where the model has it: the logits of all
+        are gigabytes for a long prompt, and a third of the time of a small model."""
+        return {"logits_to_keep": n} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
 
     def gradient(
         self, tokens: Int[Tensor, "b context"], objective: Objective, replace: Replace | None = None
@@ -203,10 +210,9 @@ class LanguageModel:
     def next_logits(self, tokens: Int[Tensor, "b new"], cache: Any = None) -> tuple[Float[Tensor, "b vocab"], Any]:
         """Logits after the last of these tokens, which follow those that the cache has seen, and the cache grown by
         them. None is the cache of a beginning."""
-        takes = inspect.signature(self.model.forward).parameters
-        last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}  # those of a long prompt are gigabytes
+        ids, last = to_device(tokens, self.device), self._last(1)
         with self._lock:
-            out = self.model(input_ids=to_device(tokens, self.device), past_key_values=cache, use_cache=True, **last)
+            out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **last)
         return _widened(out.logits[:, -1]), out.past_key_values
 
     @contextmanager

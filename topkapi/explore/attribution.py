@@ -176,8 +176,8 @@ def measure(
     for start in range(0, len(latents), size):
         some = list(latents[start : start + size])
         parts = torch.cat([ablated_part(spliced, code, latent) for latent in some])
-        logits = spliced.lm.logits(tokens.expand(1 + len(some), -1), without(parts))[:, -1]
-        metrics = metric(logits.double(), positive, negative)
+        logits = spliced.lm.logits(tokens.expand(1 + len(some), -1), without(parts), tokens.shape[1] - 1)
+        metrics = metric(logits[:, 0].double(), positive, negative)
         falls.append((metrics[0] - metrics[1:]).cpu().numpy())
         on_done(len(some))
     return np.concatenate(falls)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from topkapi.errors import TopkapiError
 from topkapi.evaluate.ablation import N_POSITIONS, effect_sparsity
-from topkapi.explore.attribution import require_precise, without
+from topkapi.explore.attribution import require_precise
 from topkapi.explore.spliced import Spliced
 
 N_TOKENS = 10  # listed up and down
@@ -44,7 +44,7 @@ class Effects(NamedTuple):
 def ablation_effects(spliced: Spliced, tokens: Int[Tensor, "1 c"], at: int, latent: int, n: int = N_TOKENS) -> Effects:
     """The effects of setting `latent` to 0 at position `at` alone, on the predictions there and later.
 
-    Cost: a pass up to the site, and one of two contexts.
+    Cost: a pass of two contexts, one of which is left as it is, with logits from position `at` on.
 
     Raises:
         TopkapiError: no such latent or position, the latent is not active there, or the language model does not compute
@@ -54,14 +54,22 @@ def ablation_effects(spliced: Spliced, tokens: Int[Tensor, "1 c"], at: int, late
     require_precise(spliced)
     if not 0 <= at < tokens.shape[1]:
         raise TopkapiError(f"no position {at}: the context has positions 0 to {tokens.shape[1] - 1}.")
-    code = spliced.code(tokens)
-    z = torch.where(code.indices[0, at] == latent, code.values[0, at], 0).sum()
-    if not z > 0:
-        raise TopkapiError(f"latent {latent} is not active at position {at}: there is nothing to take away.")
-    part = torch.zeros(1, tokens.shape[1], spliced.ae.d_model, dtype=z.dtype, device=z.device)
-    part[0, at] = code.norm[0, at] * z * spliced.ae.W_dec[latent].detach()
-    clean, ablated = spliced.lm.logits(tokens.expand(2, -1), without(part))[:, at:]
-    return _compare(clean, ablated, tokens[0, at + 1 :], float(z), n)
+    ae, taken = spliced.ae, []
+
+    def replace(raw: Tensor) -> Tensor:
+        x, _, norm = ae.normalise(raw[:1, at].to(ae.W_dec))
+        values, indices = ae.encode(x)
+        z = torch.where(indices == latent, values, 0).sum()
+        if not z > 0:
+            raise TopkapiError(f"latent {latent} is not active at position {at}: there is nothing to take away.")
+        taken.append(float(z))
+        out = raw.clone()
+        out[1, at] -= (norm[0] * z * ae.W_dec[latent]).to(raw)
+        return out
+
+    with spliced.editing(()):  # none may be in force
+        clean, ablated = spliced.lm.logits(tokens.expand(2, -1), replace, at)
+    return _compare(clean, ablated, tokens[0, at + 1 :], *taken, n)
 
 
 def _compare(
