@@ -257,6 +257,7 @@ class Pen {
     const { ctx } = this;
     ctx.font = `${11 * this.ratio}px Inter, sans-serif`;
     ctx.fillStyle = colour;
+    ctx.textAlign = "left"; // uPlot leaves that of its axes
     ctx.fillText(text, this.x(x) + 8 * this.ratio, this.y(y) + (4 + lift) * this.ratio);
   }
 }
