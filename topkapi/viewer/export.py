@@ -13,7 +13,7 @@ from typing import Any
 from topkapi.console import progress, say
 from topkapi.errors import TopkapiError
 from topkapi.study import Study
-from topkapi.viewer import columns, examples, latents, runs
+from topkapi.viewer import examples, latents, runs
 from topkapi.viewer.answers import to_json
 from topkapi.viewer.app import STATIC
 from topkapi.viewer.model_api import LIMITS
@@ -93,7 +93,7 @@ def _write(opened: Opened, api: Path, n_examples: int) -> None:
     }
     for name, answer in answers.items():
         (api / f"{name}.json").write_bytes(to_json(answer))
-    (api / "columns.bin").write_bytes(columns.table(study, opened.index))
+    (api / "columns.bin").write_bytes(opened.table.current().plain)
 
 
 def _examples(opened: Opened, i: int, n: int) -> Iterator[tuple[str, Any]]:

@@ -62,8 +62,8 @@ class Opened:
         """Begin to load everything."""
         self._autoencoder = self._loading.submit(lambda: self.study.autoencoder)
         self._texts = self._loading.submit(lambda: Texts(load_tokenizer(self.config.language_model.name)))
-        self._index = self._loading.submit(self.index.build, lambda: self.texts, self._stopping)
-        self._index.add_done_callback(lambda _: self._index_made())
+        self._index = self._loading.submit(self._make_index)
+        self._index.add_done_callback(lambda _: warm_up(self._stopping))
         self._loading.submit(self.table.current)  # now, and not while the first one who asks for it waits
         self.worker.start()
 
@@ -119,7 +119,7 @@ class Opened:
                 "n_documents": self.n_documents,
             },
             "model": self.worker.facts(),
-            "index": self.index.facts(),
+            "index": self._index_facts(),
             "version": topkapi.__version__,
             "d_dense": min(header["d_model"], study.n_latents),
         }
@@ -135,10 +135,14 @@ class Opened:
         counted = np.maximum.accumulate(np.append(0, end))[:-1]  # documents up to the contexts before
         return int((end - np.maximum(begin - 1, counted)).clip(0).sum())
 
-    def _index_made(self) -> None:
-        if not self._stopping.is_set():
-            self.table.current()
-            warm_up(self._stopping)
+    def _index_facts(self) -> dict[str, Any]:
+        """How far the index is: ready once its table is."""
+        facts = self.index.facts()
+        return facts | {"state": "building"} if facts["state"] == "ready" and not self._index.done() else facts
+
+    def _make_index(self) -> None:
+        self.index.build(lambda: self.texts, self._stopping)
+        self.table.current()
 
     def _describe(self, i: int) -> dict[str, Any]:
         self._autoencoder.result()
