@@ -34,7 +34,8 @@ class Edit:
         bound  z' = min(max(z, value), high)                  add     z' = z + value
 
     Values may be negative, although the autoencoder itself gives none below 0. A latent that is not among the k of a
-    token has z = 0 there: clamp, bound and add make it active, scale and ablate change nothing.
+    token has z = 0 there: clamp, bound and add make it active, scale and ablate change nothing. Edits of one latent
+    follow each other in the order in which they are given.
     """
 
     latent: int
