@@ -1,6 +1,7 @@
 """topkapi find and topkapi steer from the command line, on a tiny trained run.
 
-Mutations seen caught: predictions printed in place of measurements; a study of another autoencoder taken.
+Mutations seen caught: predictions printed in place of measurements; a study of another autoencoder taken; two edits of
+one latent taken.
 """
 
 import json

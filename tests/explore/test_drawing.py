@@ -1,6 +1,8 @@
 """The random numbers that tokens are drawn with, and the tokens.
 
-Mutations seen caught:
+Mutations seen caught: shifts of signed numbers; the half left out; 12 bits in place of 52; keys of neighbouring samples
+that are neighbouring numbers; generators that run into each other; the stream, or the temperature, left out; a part of
+the global generator; noise e in place of log e.
 """
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
-from topkapi.explore.drawing import draw, exponential, sample_keys, splitmix
+from topkapi.explore.drawing import GOLDEN, draw, exponential, sample_keys, splitmix
 
 CPU = torch.device("cpu")
 UNLIKELY = 1e-4  # the seeds are fixed: what passes once passes always
@@ -37,6 +39,8 @@ def test_numbers_are_exponential_over_samples_positions_and_tokens():
         assert min(stats.kstest(line, "expon").pvalue for line in lines) > UNLIKELY
     assert 0 < e.min() < 1e-4
     assert 9 < e.max() < 37
+    of_no_bits = torch.tensor([-GOLDEN])  # the state whose first number is 0
+    assert exponential(of_no_bits, 1).item() == pytest.approx(53 * np.log(2))
 
 
 def test_neighbours_are_independent():

@@ -1,8 +1,8 @@
 """Samples and counts where the answer is known.
 
-Mutations seen caught: other random numbers for the steered text; one stream for all samples; KL the other way round, of
-the clean text, or shifted by a token; a text that goes on after its end; controls that share the steered
-samples' random numbers; the temperature left out.
+Mutations seen caught: other random numbers for the steered text; one stream for all samples; the numbers of the first
+position at all of them, or of the first batch in all; KL the other way round, of the clean text, or shifted by a token;
+a text that goes on after its end; controls that share the steered samples' random numbers; the temperature left out.
 """
 
 import re
