@@ -3,7 +3,9 @@
 The autoencoder is random: what is tested is where edits are made and what they add. Ours and the hook's round
 differently; what they differ by is compared with what the edit does.
 
-Mutations seen caught:
+Mutations seen caught: the norm left out; rows of the encoder; the first position, or special tokens, edited; the
+input of the layer edited; positions counted from the padding, or anew in each step; half of z taken off; activations
+that pass through 1 + x - 1; an edit where there is none.
 """
 
 import pytest
@@ -77,10 +79,10 @@ def agree(ours, wanted, clean):
 
 
 def test_without_an_edit_logits_are_its_own_bit_for_bit(spliced, prompts):
-    for tokens in prompts:
-        own = plain(spliced, tokens)
-        assert torch.equal(spliced.logits(tokens), own)
-        assert torch.equal(spliced.logits(tokens, [Edit(strongest(spliced, tokens), "scale", 1.0)]), own)
+    tokens = prompts[2]
+    own = plain(spliced, tokens)
+    assert torch.equal(spliced.logits(tokens), own)
+    assert torch.equal(spliced.logits(tokens, [Edit(strongest(spliced, tokens), "scale", 1.0)]), own)
 
 
 def test_clamping_to_the_natural_values_changes_no_bit(spliced, prompts):
@@ -93,16 +95,15 @@ def test_clamping_to_the_natural_values_changes_no_bit(spliced, prompts):
     assert not torch.equal(spliced.logits(tokens, [*natural[:-1], Edit(latent, "clamp", z[-1] + 0.1)]), own)
 
 
-@pytest.mark.parametrize("value", [0.0, -0.5])
-def test_ablations_and_clamps_equal_a_hook_written_by_hand(spliced, prompts, value):
-    for tokens in prompts:
+def test_ablations_and_clamps_equal_a_hook_written_by_hand(spliced, prompts):
+    for tokens, value in zip(prompts, (-0.5, 1.0, 0.0), strict=True):
         latent = strongest(spliced, tokens)
         edit = Edit(latent, "clamp", value) if value else Edit(latent, "ablate")
         agree(spliced.logits(tokens, [edit]), by_hand(spliced, tokens, latent, value), plain(spliced, tokens))
 
 
 def test_generation_equals_the_uncached_argmax_by_hand(spliced, prompts):
-    tokens, latent, n = prompts[2], strongest(spliced, prompts[2]), 8
+    tokens, latent, n = prompts[2], strongest(spliced, prompts[2]), 4
     written = spliced.generate(tokens, [Edit(latent, "clamp", 1.0)], max_new_tokens=n, do_sample=False)
     by_argmax = tokens
     for _ in range(n):
@@ -119,11 +120,13 @@ def test_padded_batches_equal_single_prompts(spliced, prompts):
     rows = [torch.nn.functional.pad(row, (n, 0), value=end) for row, n in zip(prompts, padding, strict=True)]
     tokens, mask = torch.cat(rows), torch.arange(width) >= torch.tensor(padding)[:, None]
     edits = [Edit(3, "clamp", 0.5), Edit(9, "clamp", -0.5, where=(1, width + 1))]
-    how = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": end}
+    how = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": end}
     how |= {"output_logits": True, "return_dict_in_generate": True}
-    together = spliced.generate(tokens, edits, attention_mask=mask.long(), **how)
-    for i, row in enumerate(prompts):
-        alone, clean = spliced.generate(row, edits, **how), spliced.generate(row, **how)
-        assert together.sequences[i, width:].tolist() == alone.sequences[0, row.shape[1] :].tolist()
-        ours, wanted = (torch.stack(found.logits)[:, at] for found, at in ((together, i), (alone, 0)))
-        agree(ours, wanted, torch.stack(clean.logits)[:, 0])
+
+    def logits(tokens, edits, **options):
+        return torch.stack(spliced.generate(tokens, edits, **how, **options).logits, 1)
+
+    together, clean = (logits(tokens, some, attention_mask=mask.long()) for some in (edits, []))
+    alone = torch.cat([logits(row, edits) for row in prompts])
+    assert torch.equal(together.argmax(-1), alone.argmax(-1))
+    agree(together, alone, clean)
