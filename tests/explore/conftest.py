@@ -75,9 +75,9 @@ def make(models):
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()), "a hook stayed"
 
 
-def random_autoencoder(n_latents=96, k=6, activation="topk"):
+def random_autoencoder(n_latents=96, k=6, activation="topk", d_model=64):
     """In float64, with latents that matter: biases, and an encoder that is not the decoder."""
-    ae = Autoencoder(d_model=64, n_latents=n_latents, k=k, activation=activation)
+    ae = Autoencoder(d_model=d_model, n_latents=n_latents, k=k, activation=activation)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in ae.parameters():

@@ -1,6 +1,7 @@
 """topkapi find and topkapi steer from the command line, on a tiny trained run.
 
-Mutations seen caught: predictions printed in place of measurements; a study of another autoencoder taken.
+Mutations seen caught: predictions printed in place of measurements; a study of another autoencoder taken; two edits of
+one latent taken.
 """
 
 import json
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 import topkapi.explore
 from topkapi.cli import main
 from topkapi.errors import TopkapiError
+from topkapi.evaluate.contexts import visible
 from topkapi.explore import Edit, attribute, measure, rank_correlation
 from topkapi.explore.finding import find
 from topkapi.explore.prompts import encode, single_token, texts
@@ -98,8 +100,8 @@ def test_steer_shows_both_texts(run, spliced, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert f"clamp latent {latent} {edit.value:g}" in shown
     for row in found["samples"]:
-        assert row["clean"].split()[0] in shown
-        assert row["steered"].split()[0] in shown
+        assert visible(row["clean"]).split()[0] in shown
+        assert visible(row["steered"]).split()[0] in shown
 
 
 def test_steer_counts(run, tmp_path, capsys):
@@ -135,6 +137,11 @@ def test_steer_counts(run, tmp_path, capsys):
         (["steer", "RUN", "--prompt", PROMPT, "--clamp", "3"], "write LATENT=VALUE"),
         (["steer", "RUN", "--prompt", PROMPT, "--clamp", "999=1"], "no latent 999"),
         (["steer", "RUN", "--prompt", PROMPT, "--clamp", "999=1x"], "no latent 999"),
+        (
+            ["steer", "RUN", "--prompt", PROMPT, "--clamp", "4=1", "1=2", "--ablate", "1"],
+            "latent 1 is given 2 edits, clamp latent 1 2 and ablate latent 1, and options have no order: give it one.",
+        ),
+        (["steer", "RUN", "--prompt", PROMPT, "--scale", "3=2", "3=2"], "latent 3 is given 2 edits"),
         (["steer", "RUN", "--prompt", PROMPT, "--ablate", "3", "--where", "x"], "write all, active, or positions"),
         (["steer", "RUN", "--prompt", PROMPT, "--ablate", "3", "--where", "0,99"], "positions are 0 to"),
         (["steer", "RUN", "--prompt", PROMPT, "--ablate", "3", "--seed", "-1"], "--seed must be 0 or more"),

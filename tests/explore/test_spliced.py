@@ -122,10 +122,12 @@ def test_active_means_before_any_edit(make):
 def test_what_training_drops_is_left_alone_unless_it_is_chosen(make):
     spliced = make()
     end = spliced.lm.tokenizer.eos_token_id
+    spliced.lm.special_ids = {end, 3}
+    spliced = Spliced(spliced.lm, spliced.ae)
     tokens = TOKENS.clone()
-    tokens[:, 5] = end
+    tokens[:, 5], tokens[:, 7] = end, 3
     kept = spliced.code(tokens).kept
-    assert kept.tolist() == [[t not in (0, 5) for t in range(12)]] * 2
+    assert kept.tolist() == [[t not in (0, 5, 7) for t in range(12)]] * 2
     held = Edit(3, "clamp", 4.0)
     seen = []
     with spliced.editing([held]):

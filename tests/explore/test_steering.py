@@ -1,8 +1,8 @@
 """Samples and counts where the answer is known.
 
-Mutations seen caught: other random numbers for the steered text; one stream for all samples; KL the other way round, of
-the clean text, or shifted by a token; a text that goes on after its end; controls that share the steered
-samples' random numbers; the temperature left out.
+Mutations seen caught: other random numbers for the steered text; one stream for all samples; the numbers of the first
+position at all of them, or of the first batch in all; KL the other way round, of the clean text, or shifted by a token;
+a text that goes on after its end; controls that share the steered samples' random numbers; the temperature left out.
 """
 
 import re
@@ -13,8 +13,9 @@ import torch
 
 from topkapi.errors import TopkapiError
 from topkapi.explore import Edit, experiment, sample, steering
+from topkapi.explore.drawing import exponential, sample_keys, splitmix
 from topkapi.explore.prompts import continuation
-from topkapi.explore.steering import gumbel_argmax
+from topkapi.explore.steering import texts_at_once
 
 PROMPT = torch.tensor([[40, 47, 54, 61, 68, 75]])
 PUSH = [Edit(5, "clamp", 12.0)]
@@ -25,7 +26,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("family", ["llama", "neox"])
-def test_the_same_seed_gives_the_same_samples(make, family):
+def test_the_same_seed_gives_the_same_samples(make, family, monkeypatch):
     spliced = make(family)
     found = sample(spliced, PROMPT, PUSH, 3, 5, seed=4)
     assert same(found, sample(spliced, PROMPT, PUSH, 3, 5, seed=4))
@@ -34,8 +35,14 @@ def test_the_same_seed_gives_the_same_samples(make, family):
     assert np.array_equal(more.clean[:3], found.clean)
     assert np.array_equal(more.steered[:3], found.steered)
     assert len({tuple(row) for row in more.clean.tolist()}) == 5
-    spliced.lm.batch_contexts = 2
-    assert np.array_equal(sample(spliced, PROMPT, PUSH, 3, 5, seed=4).steered, found.steered)
+    torch.manual_seed(1)
+    for setting, value in (("CONTEXT", 11), ("DRAWN_ELEMENTS", 2 * 512)):
+        with monkeypatch.context() as patch:
+            patch.setattr(steering, setting, value)
+            spliced.lm.batch_contexts = 2 if setting == "CONTEXT" else 32
+            assert texts_at_once(spliced, 11) == 2
+            apart = sample(spliced, PROMPT, PUSH, 5, 5, seed=4)
+            assert same((apart.clean, apart.steered), (more.clean, more.steered))
 
 
 def test_an_edit_that_changes_nothing_gives_the_same_text(make):
@@ -66,10 +73,10 @@ def test_tokens_are_those_of_uncached_sampling(make, temperature):
     found = sample(spliced, PROMPT, PUSH, 2, 5, temperature, seed=3)
     for i in range(2):
         for edits, written in (((), found.clean[i]), (PUSH, found.steered[i])):
-            stream, tokens = np.random.default_rng([3, 0, i]), PROMPT
-            for token in written.tolist():
-                noise = -np.log(stream.standard_exponential(512, dtype=np.float32).astype(np.float64))
-                logits = spliced.logits(tokens, edits)[0, -1].numpy() / temperature
+            tokens, key = PROMPT, sample_keys(3, 0, 2, torch.device("cpu"))[i : i + 1]
+            for t, token in enumerate(written.tolist()):
+                noise = -exponential(splitmix(key, torch.tensor([t])), 512)[0].log()
+                logits = spliced.logits(tokens, edits)[0, -1] / temperature
                 assert int((logits + noise).argmax()) == token
                 tokens = torch.cat([tokens, torch.tensor([[token]])], 1)
 
@@ -92,13 +99,6 @@ def test_kl_is_of_the_steered_text(make):
         p, q = (spliced.logits(tokens, edits)[0, 5:-1].softmax(-1) for edits in (PUSH, ()))
         np.testing.assert_allclose(found.kl[i], (p * (p / q).log()).sum(-1), rtol=1e-5, atol=1e-9)
     assert found.mean_kl == pytest.approx(found.kl.mean())
-
-
-def test_tokens_are_drawn_from_the_softmax():
-    logits = torch.tensor([[0.0, 1.0, -1.0, 2.0]]).expand(4_000, -1)
-    drawn = gumbel_argmax(logits, [np.random.default_rng([0, i]) for i in range(4_000)], 0.7)
-    counted = np.bincount(drawn, minlength=4) / 4_000
-    np.testing.assert_allclose(counted, (logits[0] / 0.7).softmax(0), atol=0.02)
 
 
 def test_a_text_that_has_ended_stays_so(make):
@@ -183,6 +183,7 @@ def test_mistakes_are_named(make):
         ((2, 4, 0.0), "temperature must be more than 0"),
         ((2, 4, float("inf")), "temperature"),
         ((2, 4, 1.0, -1), "seed must be 0 or more"),
+        ((2, 4, 1.0, 2**63), "below 2\\^63; got 9223372036854775808"),
         ((2, 123), "has 6 tokens and 123 are to follow"),
     ]:
         with pytest.raises(TopkapiError, match=match):

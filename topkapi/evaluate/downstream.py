@@ -114,6 +114,13 @@ def replaced_at(keep: Bool[Tensor, "b context"], substitute: Substitute) -> Subs
     return replace
 
 
+def kl_divergence(log_p: Float[Tensor, "n vocabulary"], log_q: Float[Tensor, "n vocabulary"]) -> Float64[Tensor, " n"]:
+    """KL(p || q) of each row, in nats: sum p (log p - log q), which rounding can make a little less than 0."""
+    p = log_p.exp()
+    # words masked with -inf logits have p = 0 and would give 0 x nan
+    return torch.where(p > 0, p * (log_p - log_q), 0).sum(-1, dtype=torch.float64)
+
+
 @torch.no_grad()
 def _batch_sums(
     splices: Sequence[Substitute],
@@ -165,10 +172,6 @@ def _kl(
     """Each context's sum of KL(clean || other) over the masked positions, in nats."""
     sums = []
     for row, other_row, where in zip(clean, other, mask.to(clean.device), strict=True):
-        log_p = row[:-1][where].float().log_softmax(-1)
-        log_q = other_row[:-1][where].float().log_softmax(-1)
-        p = log_p.exp()
-        # words masked with -inf logits have p = 0 and would give 0 x nan
-        terms = torch.where(p > 0, p * (log_p - log_q), 0)
-        sums.append(terms.sum(dtype=torch.float64))
+        log_p, log_q = (logits[:-1][where].float().log_softmax(-1) for logits in (row, other_row))
+        sums.append(kl_divergence(log_p, log_q).sum())
     return torch.stack(sums).tolist()

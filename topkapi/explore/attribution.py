@@ -24,6 +24,7 @@ from topkapi.errors import TopkapiError
 from topkapi.evaluate.downstream import LOGIT_ELEMENTS
 from topkapi.explore.spliced import Code, Spliced
 from topkapi.ops import matmul_at_sparse_indices
+from topkapi.statistics.intervals import Z
 
 Numbers = Sequence[float] | Float[np.ndarray, " n"]
 
@@ -145,7 +146,12 @@ def latents_part(spliced: Spliced, code: Code) -> Float[Tensor, "1 c d_model"]:
 
 def passes_at_once(spliced: Spliced, tokens: Int[Tensor, "b c"]) -> int:
     """How many contexts of this length go through the language model together, so that their logits fit."""
-    return max(1, min(spliced.lm.batch_contexts, LOGIT_ELEMENTS // (tokens.shape[1] * _vocabulary(spliced))))
+    return max(1, min(spliced.lm.batch_contexts, LOGIT_ELEMENTS // (tokens.shape[1] * vocabulary(spliced))))
+
+
+def vocabulary(spliced: Spliced) -> int:
+    """How many tokens the language model can predict."""
+    return spliced.lm.model.config.get_text_config().vocab_size
 
 
 def measure(
@@ -212,7 +218,7 @@ def require_precise(spliced: Spliced) -> None:
 def rank_correlation(predicted: Numbers, measured: Numbers) -> RankCorrelation | None:
     """Spearman's rank correlation and its interval; None for fewer than 4 pairs, or where one side is constant.
 
-        tanh(atanh(r) -+ 1.96 sqrt((1 + r^2 / 2) / (n - 3)))
+        tanh(atanh(r) -+ Z sqrt((1 + r^2 / 2) / (n - 3)))
 
     At r = +-1, where atanh has no value, the other end of the interval is that of the nearest r that n ranks without
     ties can have. The pairs must be of different latents; that they were chosen for large predictions is not accounted
@@ -227,13 +233,9 @@ def rank_correlation(predicted: Numbers, measured: Numbers) -> RankCorrelation |
     value = float(stats.spearmanr(x, y).statistic)
     nearest = 1 - 12 / (n * (n * n - 1))  # two neighbours swapped
     r = math.copysign(min(abs(value), nearest), value)
-    half = 1.959964 * math.sqrt((1 + r * r / 2) / (n - 3))
+    half = Z * math.sqrt((1 + r * r / 2) / (n - 3))
     low, high = (math.tanh(math.atanh(r) + side * half) for side in (-1, 1))
     return RankCorrelation(value, min(low, value), max(high, value), n)
-
-
-def _vocabulary(spliced: Spliced) -> int:
-    return spliced.lm.model.config.get_text_config().vocab_size
 
 
 def _check_sets(spliced: Spliced, positive: Sequence[int], negative: Sequence[int]) -> None:
@@ -241,7 +243,7 @@ def _check_sets(spliced: Spliced, positive: Sequence[int], negative: Sequence[in
         raise TopkapiError("a difference of logits needs a positive and a negative token at least.")
     if both := set(positive) & set(negative):
         raise TopkapiError(f"tokens {sorted(both)} are both positive and negative: leave them out of one.")
-    vocabulary = _vocabulary(spliced)
+    n_words = vocabulary(spliced)
     for token in (*positive, *negative):
-        if not 0 <= token < vocabulary:
-            raise TopkapiError(f"no token {token}: the language model has tokens 0 to {vocabulary - 1}.")
+        if not 0 <= token < n_words:
+            raise TopkapiError(f"no token {token}: the language model has tokens 0 to {n_words - 1}.")

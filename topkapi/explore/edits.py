@@ -34,7 +34,8 @@ class Edit:
         bound  z' = min(max(z, value), high)                  add     z' = z + value
 
     Values may be negative, although the autoencoder itself gives none below 0. A latent that is not among the k of a
-    token has z = 0 there: clamp, bound and add make it active, scale and ablate change nothing.
+    token has z = 0 there: clamp, bound and add make it active, scale and ablate change nothing. Edits of one latent
+    follow each other in the order in which they are given.
     """
 
     latent: int
@@ -76,7 +77,7 @@ class Edit:
     ) -> Bool[Tensor, "b c"]:
         """The tokens that are edited; padding has position -1 and is not `kept`."""
         if isinstance(self.where, tuple):
-            return torch.isin(position, torch.tensor(self.where, device=position.device))
+            return torch.stack([position == t for t in self.where]).any(0)
         return kept & (z > 0) if self.where == "active" else kept
 
     def of(self, z: Float[Tensor, "b c"]) -> Float[Tensor, "b c"]:
@@ -92,7 +93,7 @@ class Edit:
 
 def changes(
     edits: Sequence[Edit],
-    latents: Int[Tensor, " m"],
+    latents: Sequence[int],
     z: Float[Tensor, "b c m"],
     position: Int[Tensor, "b c"],
     kept: Bool[Tensor, "b c"],
@@ -100,7 +101,7 @@ def changes(
     """z' - z of `latents`; edits of the same latent follow each other, and "active" is of the value before all."""
     edited = list(z.unbind(-1))
     for edit in edits:
-        i = latents.tolist().index(edit.latent)
+        i = latents.index(edit.latent)
         here = edit.selects(z[..., i], position, kept)
         edited[i] = torch.where(here, edit.of(edited[i]), edited[i])
     return torch.stack(edited, -1) - z

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from topkapi.errors import TopkapiError
 from topkapi.evaluate.ablation import N_POSITIONS, effect_sparsity
+from topkapi.evaluate.downstream import kl_divergence
 from topkapi.explore.attribution import require_precise
 from topkapi.explore.spliced import Spliced
 
@@ -80,20 +81,19 @@ def _compare(
     n: int,
 ) -> Effects:
     before, after = clean.double().log_softmax(-1), ablated.double().log_softmax(-1)
-    p = before.exp()
     change = torch.where(clean.isfinite(), ablated - clean, torch.nan).double()
     change = change - change.nanmedian(-1, keepdim=True).values
     following = following.to(before.device)
     loss = [a - b for a, b in zip(_picked(before, following), _picked(after, following), strict=True)]
     share = effect_sparsity(clean[:N_POSITIONS], ablated[None, :N_POSITIONS]).item()
     up, down = (
-        [_extremes(row, now - then, n, largest) for row, now, then in zip(change, after.exp(), p, strict=True)]
+        [_extremes(*row, n, largest) for row in zip(change, after.exp() - before.exp(), strict=True)]
         for largest in (True, False)
     )
     return Effects(
         value=z,
         loss_change=[*loss, None],
-        kl=torch.where(p > 0, p * (before - after), 0).sum(-1).clamp_min(0).tolist(),
+        kl=kl_divergence(before, after).clamp_min(0).tolist(),
         up=up,
         down=down,
         sparsity=None if share != share else share,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-Z = 1.959964  # standard normal quantile of 0.975
+from topkapi.statistics.intervals import Z
 
 
 class Rate(NamedTuple):
@@ -49,10 +49,10 @@ def clustered_rate(counts: Sequence[int], of: int) -> Rate:
     """The rate of several groups of `of` samples each, where groups may have rates of their own.
 
         deff = variance of the groups' rates / (p (1 - p) / of)
-        n    = (number of samples) / deff (1.96 / t)^2            in Wilson's interval
+        n    = (number of samples) / deff (Z / t)^2               in Wilson's interval
 
-    with t the quantile of Student's distribution for the number of groups less one. Where the groups differ no more
-    than samples would, deff <= 1, it is Wilson's interval of all samples.
+    with t the quantile of Student's distribution for the number of groups less one, Z that of the normal one. Where the
+    groups differ no more than samples would, deff <= 1, it is Wilson's interval of all samples.
 
     Source: Korn and Graubard 1998, with Wilson's interval in place of Clopper and Pearson's.
     """

@@ -86,6 +86,7 @@ class Spliced:
         data = (ae.training_config or {}).get("data", {})
         self.drops_first: bool = data.get("drop_first_position", True)
         self.drops_special: bool = data.get("drop_special_tokens", True)
+        self._special = torch.tensor(sorted(lm.special_ids), dtype=torch.int64, device=lm.device)
         self._editor: int | None = None  # the thread that is inside of `editing`
 
     def tokens(self, text: str) -> Int[Tensor, "1 c"]:
@@ -100,8 +101,8 @@ class Spliced:
     def _kept(self, tokens: Tensor | None, position: Int[Tensor, "b c"]) -> Bool[Tensor, "b c"]:
         kept = position >= (1 if self.drops_first else 0)
         if self.drops_special and tokens is not None:
-            special = torch.tensor(sorted(self.lm.special_ids), dtype=tokens.dtype, device=tokens.device)
-            kept = kept & ~torch.isin(tokens, special)
+            special = self._special.to(tokens)
+            kept = kept & (tokens[..., None] != special).all(-1)
         return kept
 
     @torch.no_grad()
@@ -149,14 +150,15 @@ class Spliced:
         if not edits:
             yield
             return
-        latents = torch.tensor(sorted({edit.latent for edit in edits}), device=self.ae.W_dec.device)
+        latents = sorted({edit.latent for edit in edits})
+        rows = self.ae.W_dec.detach()[latents]
         places: list[_Places] = []
 
         def before(call: dict[str, Any]) -> None:
             places[:] = [self._places(call)]
 
         def replace(raw: Tensor) -> Tensor:
-            return raw + self._change(raw.detach(), edits, latents, places[0])
+            return raw + self._change(raw.detach(), edits, latents, rows, places[0])
 
         with self.lm.changing(replace, before):
             self._editor = get_ident()
@@ -182,14 +184,24 @@ class Spliced:
             )
 
     @torch.no_grad()
-    def _change(self, raw: Tensor, edits: Sequence[Edit], latents: Int[Tensor, " m"], places: _Places) -> Tensor:
-        """norm (z' - z) W_dec of the edited latents, on the language model's device."""
+    def _change(
+        self,
+        raw: Float[Tensor, "b c d_model"],
+        edits: Sequence[Edit],
+        latents: Sequence[int],
+        rows: Float[Tensor, "m d_model"],
+        places: _Places,
+    ) -> Float[Tensor, "b c d_model"]:
+        """norm (z' - z) W_dec of the edited latents, on the language model's device; their `rows` of W_dec are given.
+
+        It runs at every token that is written, and does not make the host wait for the device.
+        """
         device, shape = self.ae.W_dec.device, raw.shape[:2]
         position, kept = places.position.to(device), places.kept.to(device)
         _, norm, values, indices = self._encode(raw)
         z = values_of(values, indices, latents).unflatten(0, shape)
         change = changes(edits, latents, z, position, kept)
-        return (norm.view(*shape, 1) * (change @ self.ae.W_dec[latents])).to(raw.device)
+        return (norm.view(*shape, 1) * (change @ rows)).to(raw.device)
 
     def _encode(self, raw: Float[Tensor, "b c d_model"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Normalised rows (b c, d_model), their norms (b c, 1), values and indices (b c, k) of their latents."""
@@ -215,12 +227,12 @@ class Spliced:
 
 
 def values_of(
-    values: Float[Tensor, "n k"], indices: Int[Tensor, "n k"], latents: Int[Tensor, " m"]
+    values: Float[Tensor, "n k"], indices: Int[Tensor, "n k"], latents: Sequence[int]
 ) -> Float[Tensor, "n m"]:
     """The values of some latents, 0 where they are not among the k of a token."""
     if indices.stride(0) == 0:  # all latents in order, as a ReLU autoencoder gives them
-        return values[:, latents]
-    return torch.stack([torch.where(indices == latent, values, 0).sum(1) for latent in latents.tolist()], 1)
+        return torch.stack([values[:, latent] for latent in latents], 1)
+    return torch.stack([torch.where(indices == latent, values, 0).sum(1) for latent in latents], 1)
 
 
 def open_run(run: Path | str) -> Spliced:

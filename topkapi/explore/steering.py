@@ -1,8 +1,8 @@
 """Text that the language model writes with latents changed, beside what it writes without.
 
-1. Tokens are drawn with Gumbel noise, token = argmax(logits / temperature + noise), from a stream of random numbers
-   for each sample, of its seed and number alone. Both texts of a sample use the same: while their distributions are
-   equal so are their tokens, and where they part it is the edit that did it.
+1. Tokens are drawn with Gumbel noise, token = argmax(logits / temperature + noise), from random numbers that are the
+   sample's and the position's own (`topkapi.explore.drawing`). Both texts of a sample use the same: while their
+   distributions are equal so are their tokens, and where they part it is the edit that did it.
 2. `experiment` counts samples in which a pattern occurs: as the language model is, with the edits, and with the same
    edits of other latents that are as active. `topkapi.explore.proportions` gives rates and differences their intervals.
 """
@@ -17,13 +17,18 @@ from jaxtyping import Float64, Int, Int64
 from torch import Tensor
 
 from topkapi.errors import TopkapiError
-from topkapi.explore.attribution import passes_at_once
+from topkapi.evaluate.downstream import kl_divergence
+from topkapi.explore.attribution import passes_at_once, vocabulary
+from topkapi.explore.drawing import draw, sample_keys, splitmix
 from topkapi.explore.edits import Edit
 from topkapi.explore.prompts import continuation
 from topkapi.explore.proportions import Difference, Rate, clustered_rate, difference, rate
 from topkapi.explore.spliced import Spliced
 
 OnToken = Callable[[int], object]
+
+DRAWN_ELEMENTS = 2**24  # random numbers at a time, 128 MiB of float64; three or four times that while they are made
+CONTEXT = 512  # tokens of a context, when batch_contexts says how many tokens have keys and values in memory
 
 
 class Samples(NamedTuple):
@@ -88,9 +93,9 @@ def sample(
     """
     _check_sampling(spliced, prompt, n_samples, n_tokens, temperature, seed)
     spliced.check(edits)
-    seeds = [[seed, 0, i] for i in range(n_samples)]
-    clean, clean_lengths = write(spliced, prompt, (), seeds, n_tokens, temperature, on_token)
-    steered, steered_lengths = write(spliced, prompt, edits, seeds, n_tokens, temperature, on_token)
+    keys = sample_keys(seed, 0, n_samples, spliced.lm.device)
+    clean, clean_lengths = write(spliced, prompt, (), keys, n_tokens, temperature, on_token)
+    steered, steered_lengths = write(spliced, prompt, edits, keys, n_tokens, temperature, on_token)
     kl = _kl(spliced, prompt, edits, steered)
     kl[np.arange(n_tokens) >= steered_lengths[:, None]] = 0.0
     return Samples(clean, steered, kl, clean_lengths, steered_lengths)
@@ -100,56 +105,54 @@ def write(
     spliced: Spliced,
     prompt: Int[Tensor, "1 p"],
     edits: Sequence[Edit],
-    seeds: Sequence[Sequence[int]],
+    keys: Int64[Tensor, " n"],
     n_tokens: int,
     temperature: float,
     on_token: OnToken = lambda _: None,
 ) -> tuple[Int64[np.ndarray, "n t"], Int64[np.ndarray, " n"]]:
-    """A continuation for each seed, and how many tokens of it come before the text has ended.
+    """A continuation for each key, and how many tokens it has up to the one that ended it.
 
-    Deterministic, and in batches of `batch_contexts`, for a number of seeds.
+    Texts that have ended are computed on, as asking whether all have would make the host wait for the device.
     """
-    size = spliced.lm.batch_contexts
     with spliced.editing(edits):
         found = [
-            _write(spliced, prompt, seeds[start : start + size], n_tokens, temperature, on_token)
-            for start in range(0, len(seeds), size)
+            _write(spliced, prompt, some, n_tokens, temperature, on_token)
+            for some in keys.split(texts_at_once(spliced, prompt.shape[1] + n_tokens))
         ]
-    tokens = np.concatenate(found)
+    tokens = torch.cat(found).cpu().numpy()
     ended = np.isin(tokens, _ends(spliced))
     return tokens, np.where(ended.any(1), ended.argmax(1) + 1, n_tokens)
 
 
+def texts_at_once(spliced: Spliced, length: int) -> int:
+    """How many texts of this length in tokens are written together.
+
+    As many as together have no more tokens than `batch_contexts` contexts of CONTEXT, and as their random numbers
+    allow: a step of many texts takes a GPU about as long as one of few.
+    """
+    return max(1, min(spliced.lm.batch_contexts * CONTEXT // length, DRAWN_ELEMENTS // vocabulary(spliced)))
+
+
 def _write(
     spliced: Spliced,
-    prompt: Tensor,
-    seeds: Sequence[Sequence[int]],
+    prompt: Int[Tensor, "1 p"],
+    keys: Int64[Tensor, " n"],
     n_tokens: int,
     temperature: float,
     on_token: OnToken,
-) -> Int64[np.ndarray, "n t"]:
-    streams = [np.random.default_rng(seed) for seed in seeds]
-    ends = torch.tensor(_ends(spliced))
-    new, cache, written = prompt.expand(len(seeds), -1), None, []
-    for _ in range(n_tokens):
+) -> Int64[Tensor, "n t"]:
+    ends = torch.tensor(_ends(spliced), device=keys.device)
+    at = splitmix(keys[:, None], torch.arange(n_tokens, device=keys.device))
+    new, cache, written = prompt.expand(len(keys), -1), None, []
+    for t in range(n_tokens):
         logits, cache = spliced.lm.next_logits(new, cache)
-        drawn = gumbel_argmax(logits.cpu(), streams, temperature)
+        drawn = draw(logits, at[:, t], temperature)
         if written:  # a text that has ended stays so
-            drawn = torch.where(torch.isin(written[-1], ends), written[-1], drawn)
+            drawn = torch.where((written[-1][:, None] == ends).any(1), written[-1], drawn)
         written.append(drawn)
         new = drawn[:, None]
-        on_token(len(seeds))
-    return torch.stack(written, 1).numpy()
-
-
-def gumbel_argmax(logits: Tensor, streams: Sequence[np.random.Generator], temperature: float) -> Int[Tensor, " n"]:
-    """A token of each row, drawn from softmax(logits / temperature) with the row's own random numbers.
-
-    argmax(logits / temperature - log e) for e of the standard exponential distribution: the same numbers always go to
-    the same words, so rows of equal logits and equal streams give equal tokens, and those of nearly equal ones mostly.
-    """
-    exponential = np.stack([stream.standard_exponential(logits.shape[1], dtype=np.float32) for stream in streams])
-    return (logits.double() / temperature - torch.from_numpy(exponential).double().log()).argmax(1)
+        on_token(len(keys))
+    return torch.stack(written, 1)
 
 
 def _ends(spliced: Spliced) -> list[int]:
@@ -171,10 +174,9 @@ def _kl(
         first = prompt.shape[1] - 1
         changed, clean = spliced.logits(some, edits)[:, first:], spliced.logits(some)[:, first:]
         for row, other in zip(changed, clean, strict=True):  # one context at a time: log-softmaxes in float64
-            log_p, log_q = row.double().log_softmax(-1), other.double().log_softmax(-1)
-            p = log_p.exp()
-            found.append(torch.where(p > 0, p * (log_p - log_q), 0).sum(-1).clamp_min(0).cpu())
-    return torch.stack(found).numpy()
+            kl = kl_divergence(row.double().log_softmax(-1), other.double().log_softmax(-1))
+            found.append(kl.clamp_min(0))
+    return torch.stack(found).cpu().numpy()
 
 
 def experiment(
@@ -205,8 +207,8 @@ def experiment(
         spliced.check(of)
 
     def count(of: Sequence[Edit], stream: int) -> Rate:
-        seeds = [[seed, stream, i] for i in range(n_samples)]  # all of one length: numpy's seeds may end in any zeros
-        tokens, lengths = write(spliced, prompt, of, seeds, n_tokens, temperature, on_token)
+        keys = sample_keys(seed, stream, n_samples, spliced.lm.device)
+        tokens, lengths = write(spliced, prompt, of, keys, n_tokens, temperature, on_token)
         texts = [continuation(spliced.lm, row[:n]) for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
         return rate(sum(pattern.search(text) is not None for text in texts), n_samples)
 
@@ -231,8 +233,8 @@ def _check_sampling(
         raise TopkapiError(f"samples and new tokens must be 1 at least; got {n_samples} samples of {n_tokens} tokens.")
     if not 0 < temperature < float("inf"):
         raise TopkapiError(f"temperature must be more than 0 and finite; got {temperature}. For greedy text give 0.01.")
-    if seed < 0:
-        raise TopkapiError(f"seed must be 0 or more; got {seed}.")
+    if not 0 <= seed < 2**63:
+        raise TopkapiError(f"seed must be 0 or more, and below 2^63; got {seed}.")
     most = spliced.lm.max_context
     if most is not None and prompt.shape[1] + n_tokens > most:
         raise TopkapiError(

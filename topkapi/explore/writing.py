@@ -86,10 +86,10 @@ def steer_run(
 def parse_edits(
     spliced: Spliced, study: Study | None, run: Path, edits: Mapping[Kind, Sequence[str]], where: str
 ) -> list[Edit]:
-    """The edits that were written on the command line, in the order of kinds.
+    """The edits that were written on the command line, one a latent, as options of several kinds have no order.
 
     Raises:
-        TopkapiError: one is malformed, names no latent, or needs a maximum that no study tells.
+        TopkapiError: one is malformed, names no latent, or needs a maximum that no study tells; two are of one latent.
     """
 
     def maximum(latent: int) -> float:
@@ -109,6 +109,12 @@ def parse_edits(
     place = parse_where(where)
     parsed = [parse_edit(kind, text, place, maximum) for kind, written in edits.items() for text in written]
     spliced.check(parsed)
+    for latent in {edit.latent for edit in parsed}:
+        if len(same := [edit for edit in parsed if edit.latent == latent]) > 1:
+            raise TopkapiError(
+                f"latent {latent} is given {len(same)} edits, {' and '.join(map(str, same))}, and options have no "
+                "order: give it one. From Python, edits of one latent follow each other in the order of their list."
+            )
     return parsed
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from jaxtyping import Float
 from topkapi.errors import TopkapiError
 
 CONFIDENCE = 0.95
+Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)  # 1.96: of standard normal numbers that share is within -Z to Z
 RESAMPLES = 2_000  # an end of the interval then varies by 1.5 % of its width (standard deviation) between seeds
 
 
