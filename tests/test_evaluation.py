@@ -3,7 +3,9 @@
 Seen to fail when: a metric of other settings is kept; a gap is not tried again; a mistake of ours becomes a gap.
 """
 
+import errno
 import json
+import os
 import shutil
 from typing import get_args
 
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.command_line import one_line
-from topkapi import evaluation
+from topkapi import evaluation, files
 from topkapi.cli import main
 from topkapi.cli.reading import Metric
 from topkapi.evaluate import METRICS, measures
@@ -131,6 +133,19 @@ def test_other_settings_or_weights_start_anew(run, calls):
     (run / "eval.json").write_text("{")
     assert main(["eval", str(run), *SMALL]) == 0
     assert calls == ["base", "n2g", "base"]
+
+
+def test_a_run_that_cannot_be_written_is_refused_before_the_work_unless_there_is_none(run, calls, capsys, monkeypatch):
+    def read_only(dir):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(dir))
+
+    monkeypatch.setattr(files, "TemporaryFile", read_only)
+    assert main(["eval", str(run), *SMALL, "--metrics", "n2g"]) == 0
+    for more in (["--fresh"], ["--metrics", "n2g_loss"]):
+        capsys.readouterr()
+        assert main(["eval", str(run), *SMALL, *more]) == 2
+        assert f"nothing can be written in {run} (Read-only" in capsys.readouterr().err.splitlines()[-1]
+    assert calls == []
 
 
 def test_a_reference_curve_gives_the_compute_equivalent(run, capsys):

@@ -27,7 +27,7 @@ from topkapi.evaluate.downstream import Losses
 from topkapi.evaluate.labelled import has_changed
 from topkapi.evaluate.measures import MEASURES, Subject, as_json, measure
 from topkapi.evaluate.table import remarks, rows
-from topkapi.files import write_text_atomic
+from topkapi.files import require_writable, write_text_atomic
 from topkapi.model import Autoencoder
 from topkapi.published import WEIGHTS, read_config
 from topkapi.results import EVALUATION, HELD_OUT, read_evaluation
@@ -78,8 +78,14 @@ def evaluate_opened(
         text = json.dumps(results | {"gaps": gaps, "settings": same}, indent=2, allow_nan=False)
         write_text_atomic(run / EVALUATION, text + "\n")
 
+    left = [
+        name for name in MEASURES if name in asked.metrics and (results.get(name) is None or has_changed(results[name]))
+    ]
+    is_base_wanted = not results or asked.reference or not (run / HELD_OUT).exists()
+    if left or is_base_wanted:
+        require_writable("Results go to", run / EVALUATION)
     losses = None
-    if not results or asked.reference or not (run / HELD_OUT).exists():
+    if is_base_wanted:
         (found,) = evaluate_all([ae], text.language_model, text.splits.held_out, config.data, settings)
         found.write_latents(run)
         gaps = found.gaps | {name: why for name, why in gaps.items() if name not in found.metrics}
@@ -89,13 +95,12 @@ def evaluate_opened(
         _add(results, gaps, "compute_equivalent", lambda: _share(losses, asked.reference))
         keep()
     subject = Subject(ae, text.language_model, text.splits.held_out, config.data, settings)
-    for name in MEASURES:
-        if name in asked.metrics and (results.get(name) is None or has_changed(results[name])):
-            started = time.monotonic()
-            _add(results, gaps, name, lambda name=name: measure(name, subject))
-            problem = f": not to be had, {gaps[name]}" if name in gaps else ""
-            say(f"{name}, {time.monotonic() - started:.0f} s{problem}")
-            keep()
+    for name in left:
+        started = time.monotonic()
+        _add(results, gaps, name, lambda name=name: measure(name, subject))
+        problem = f": not to be had, {gaps[name]}" if name in gaps else ""
+        say(f"{name}, {time.monotonic() - started:.0f} s{problem}")
+        keep()
     return results | {"gaps": gaps}
 
 
