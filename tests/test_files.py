@@ -48,6 +48,7 @@ def test_what_cannot_be_written_is_said_and_nothing_is_left_behind(tmp_path):
         (tmp_path / "file" / "x.json", False, f"in {tmp_path / 'file'} (Not a directory)"),
         (tmp_path / "file" / "a" / "b", True, f"in {tmp_path / 'file'} (Not a directory)"),
         ("/proc/topkapi/x.json", False, "in /proc ("),
+        ("/proc", True, "in /proc ("),
     ]:
         with pytest.raises(TopkapiError) as refused:
             files.require_writable("--json", path, is_folder)
