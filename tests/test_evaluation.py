@@ -7,10 +7,12 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.command_line import one_line
 from topkapi import evaluation, files
@@ -19,7 +21,7 @@ from topkapi.cli.reading import Metric
 from topkapi.evaluate import METRICS, measures
 from topkapi.evaluate.measures import MEASURES
 from topkapi.results import HELD_OUT
-from topkapi.train import train
+from topkapi.train import load_run, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -181,3 +183,31 @@ def test_a_mistake_of_ours_keeps_its_traceback_and_what_was_measured(run, monkey
     found = results(run)
     assert found["normalized_mse"] is not None
     assert "n2g" not in found
+
+
+def test_a_language_model_that_has_changed_since_training_is_said(tiny_config, tiny_language_model, tmp_path, capsys):
+    lm, run = shutil.copytree(tiny_language_model, tmp_path / "lm"), tmp_path / "run"
+    data = replace(tiny_config.data, held_out=0.5, source="live")
+    language_model = replace(tiny_config.language_model, name=str(lm))
+    train([replace(tiny_config, language_model=language_model, data=data, tokens=300)], [run])
+    commands = [
+        ["eval", str(run), "--tokens", "64", "--downstream-tokens", "0"],
+        ["study", str(run), "--tokens", "64"],
+        ["find", str(run), "--prompt", "The old river", "--positive", " the", "--negative", " a"],
+    ]
+
+    def warnings(command):
+        capsys.readouterr()
+        assert main(command) == 0
+        return [line for line in capsys.readouterr().err.splitlines() if "is not the language model that" in line]
+
+    assert [warnings(command) for command in commands] == [[], [], []]
+    shutil.rmtree(run / "study")
+    weights = load_file(lm / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"] *= 1.5
+    save_file(weights, lm / "model.safetensors", metadata={"format": "pt"})
+    assert [len(warnings(command)) for command in commands] == [1, 1, 1]
+    ae, _ = load_run(run)
+    del ae.summary["language_model_fingerprint"]  # as older versions published it
+    ae.save_pretrained(run)
+    assert [warnings(command) for command in commands] == [[], [], []]

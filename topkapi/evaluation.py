@@ -31,7 +31,7 @@ from topkapi.files import require_writable, write_text_atomic
 from topkapi.model import Autoencoder
 from topkapi.published import WEIGHTS, read_config
 from topkapi.results import EVALUATION, HELD_OUT, read_evaluation
-from topkapi.train import Text, load_run, open_text
+from topkapi.train import Text, load_run, open_text, warn_if_changed
 
 PREVIOUS = "eval-previous.json"  # the eval.json before, where it had metrics that the new one has not
 
@@ -64,6 +64,7 @@ def evaluate_opened(
     run: Path, ae: Autoencoder, text: Text, config: TrainConfig, settings: EvalConfig, asked: Asked = Asked()
 ) -> dict[str, Any]:
     """`evaluate_run` of a run that is open already."""
+    warn_if_changed(run, ae, text.language_model)
     ae = ae.to(text.language_model.device)
     same = _identity(run, text, settings)
     before = _before(run)

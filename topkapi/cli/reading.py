@@ -207,7 +207,7 @@ def study_command(arguments: Sequence[str]) -> None:
     """topkapi study RUN --tokens N [--out FOLDER]: the complete sparse code of held-out text, into RUN/study."""
     from topkapi.study import write_study
     from topkapi.study.layout import STUDY
-    from topkapi.train import device_type, load_run, open_text
+    from topkapi.train import device_type, load_run, open_text, warn_if_changed
 
     run, command = run_and_options("study", arguments, StudyOptions, "out")
     ae, config = load_run(run)
@@ -215,6 +215,7 @@ def study_command(arguments: Sequence[str]) -> None:
         mesh = mesh.apart()  # whose collectives wait as long as rank 0 takes to write
         mesh.on_first(lambda: (command.out / STUDY).exists() or require_writable("--out", command.out, is_folder=True))
         text = mesh.first_before_others(lambda: open_text(config))
+        warn_if_changed(run, ae, text.language_model)
         token_file = getattr(text.splits, command.config.split)
         write_study(run, ae, text.language_model, token_file, config.data, command.config, command.out, mesh)
     say(f"study: {command.out}. Read it: topkapi.study.open({str(command.out)!r})")
