@@ -47,6 +47,7 @@ from topkapi.train import (
     train,
 )
 
+MUCH_WRITTEN = 10e9  # bytes of checkpoints: some fifteen seconds of waiting, see docs/sweep.md
 SHARE_OF_MEMORY = 0.5  # for weights and state; the rest is for a step, blocks of activations and the language model
 
 
@@ -200,11 +201,24 @@ def _train_and_measure(
     left = [name for name in configs if name not in finished]
     groups = divide(left, lambda name: checkpoint.steps(folder / name), fits)
     for number, group in enumerate(groups, 1):
-        size, limit = bytes_text(sum(sizes[name] for name in group)), bytes_text(bound)
-        said = f"{size} of weights and state" + (f", at most {limit}" if together == "auto" else "")
-        say(f"group {number} of {len(groups)}: {', '.join(group)} ({said})")
+        size = sum(sizes[name] for name in group)
+        limit = f", at most {bytes_text(bound)}" if together == "auto" else ""
+        say(f"group {number} of {len(groups)}: {', '.join(group)} ({bytes_text(size)} of weights and state{limit})")
+        if advice := _of_checkpoints(configs[group[0]], size):
+            say(advice)
         _train(folder, {name: configs[name] for name in group}, source)
         _measure(folder, [name for name in group if not _is_left_behind(folder / name)], source)
+
+
+def _of_checkpoints(config: TrainConfig, size: int) -> str:
+    """What the checkpoints of a group of this size in bytes cost, and what would help; "" where they cost little."""
+    n = -(-config.n_steps // config.save_every)
+    if config.async_checkpoints or n < 2 or n * size < MUCH_WRITTEN:
+        return ""
+    return (
+        f"training waits while its {n} checkpoints are written, {bytes_text(n * size)} in all; a --save-every above "
+        f"{config.save_every} makes fewer."
+    )
 
 
 def _train(folder: Path, configs: dict[str, TrainConfig], source: Source) -> None:
