@@ -29,7 +29,7 @@ from topkapi.evaluate.measures import MEASURES, Subject, as_json, measure
 from topkapi.evaluate.table import remarks, rows
 from topkapi.files import require_writable, write_text_atomic
 from topkapi.model import Autoencoder
-from topkapi.published import WEIGHTS, read_config
+from topkapi.published import checksum_of
 from topkapi.results import EVALUATION, HELD_OUT, read_evaluation
 from topkapi.train import Text, load_run, open_text, warn_if_changed
 
@@ -109,7 +109,7 @@ def _identity(run: Path, text: Text, settings: EvalConfig) -> dict[str, Any]:
     """What an evaluation depends on."""
     return {
         **to_dict(settings),
-        "autoencoder": read_config(run)["files"][WEIGHTS],
+        "autoencoder": checksum_of(run),
         "language_model": text.language_model.fingerprint,
         "held_out": text.splits.held_out.fingerprint,
         "topkapi_version": topkapi.__version__,

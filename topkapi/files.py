@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -84,6 +85,16 @@ def require_writable(what: str, path: Path | str, is_folder: bool = False) -> No
 def write_text_atomic(path: Path, text: str) -> None:
     """`write_atomic` of a UTF-8 text."""
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray | int]) -> None:
+    """`write_atomic` of an npz file."""
+
+    def save(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # given a path, numpy would add a suffix
+            np.savez(file, **arrays)
+
+    write_atomic(path, save)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -12,10 +12,9 @@ from typing import Any
 
 from topkapi.config import TrainConfig, from_dict
 from topkapi.figures.sources import Run
-from topkapi.files import read_json
 from topkapi.published import read_config
 from topkapi.recipes import RECIPES
-from topkapi.sweep import SETTINGS
+from topkapi.sweep import SETTINGS, read_settings
 from topkapi.sweep.grid import shared
 
 AXES = ("seeds", "k", "l1_coefficient", "n_latents", "decoder_norm", "lr", "sparsity")
@@ -26,7 +25,7 @@ def commands(folders: Sequence[Path], runs: Sequence[Run]) -> list[str]:
     lines = []
     for folder in folders:
         if (folder / SETTINGS).exists():
-            saved = read_json(folder / SETTINGS, "Sweep", "Restore it from a copy.")
+            saved = read_settings(folder)
             lines += _sweep(folder, from_dict(TrainConfig, saved["shared"]), list(saved["variants"].values()))
         else:
             lines.append(_train(folder, from_dict(TrainConfig, read_config(folder)["training"])))

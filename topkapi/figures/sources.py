@@ -15,12 +15,11 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from topkapi.errors import TopkapiError
-from topkapi.files import read_json
 from topkapi.published import CONFIG, WEIGHTS, read_config
 from topkapi.results import HELD_OUT, read_counts, read_evaluation, read_metrics
 from topkapi.study.layout import PROGRESS, STUDY
 from topkapi.study.reader import Study, open_study
-from topkapi.sweep import SETTINGS, Point, read
+from topkapi.sweep import SETTINGS, Point, read, read_settings
 
 # Settings that change nothing in what is learnt.
 BESIDES = (
@@ -185,7 +184,7 @@ def _read_folder(folder: Path) -> list[Run]:
 
 def _read_sweep(folder: Path) -> list[Run]:
     points = {point.name: point for point in read(folder)}
-    settings = read_json(folder / SETTINGS, "Sweep", "Restore it from a copy, or sweep in another --out.")
+    settings = read_settings(folder)
     runs = []
     for name in [*points, *(name for name in settings["variants"] if name not in points)]:
         point = points.get(name)
@@ -251,14 +250,14 @@ def stream(run: Run) -> tuple:
     )  # fmt: skip
 
 
-Key = TypeVar("Key")
+Item, Key = TypeVar("Item"), TypeVar("Key")
 
 
-def grouped(runs: Iterable[Run], key: Callable[[Run], Key]) -> dict[Key, list[Run]]:
-    """Runs by key, keys in the order of their first run."""
-    found: dict[Key, list[Run]] = defaultdict(list)
-    for run in runs:
-        found[key(run)].append(run)
+def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    """Runs, or rows of numbers, by key; keys in the order of their first one."""
+    found: dict[Key, list[Item]] = defaultdict(list)
+    for item in items:
+        found[key(item)].append(item)
     return dict(found)
 
 

@@ -39,7 +39,7 @@ from topkapi.data.tokens import TokenFile
 from topkapi.errors import TopkapiError
 from topkapi.evaluate import spread_contexts
 from topkapi.evaluate.reconstruction import CHUNK_ELEMENTS
-from topkapi.files import lock, read_json, remove_leftovers, sync, write_atomic, write_json
+from topkapi.files import lock, read_json, remove_leftovers, sync, write_arrays, write_atomic, write_json
 from topkapi.model import Autoencoder
 from topkapi.parallel import ALONE, Arrays, Mesh
 from topkapi.study.invert import candidates, invert, offsets_of, thin, write_array
@@ -246,7 +246,7 @@ def _identity(
     """All that a study's numbers depend on."""
     used = ("context", "drop_first_position", "drop_special_tokens", "max_norm_ratio")
     return {
-        "autoencoder": published.read_config(run)["files"][published.WEIGHTS],
+        "autoencoder": published.checksum_of(run),
         "n_latents": ae.n_latents,
         "language_model": lm.fingerprint,
         "site": lm.site,
@@ -345,7 +345,7 @@ class _Writer:
         state = f"state-{self.n_contexts}.npz"
         kept = vars(self.moments) | {"n_entries": self.n_entries}
         if self.inverted == 0 or not (self.folder / state).exists():
-            write_atomic(self.folder / state, lambda path: _save_arrays(path, kept))
+            write_arrays(self.folder / state, kept)
         self._write_progress(state, hashlib.sha256((self.folder / state).read_bytes()).hexdigest())
         for path in self.folder.glob("state-*.npz"):
             if path.name != state:
@@ -379,11 +379,6 @@ class _Writer:
         for name in ("n_contexts", "n_rows", "n_written", "inverted"):
             setattr(self, name, facts[name])
         say(f"{self.folder}: going on after {self.n_rows:,} tokens.")
-
-
-def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    with path.open("wb") as file:  # given a path, numpy would add a suffix
-        np.savez(file, **arrays)
 
 
 def _encode(

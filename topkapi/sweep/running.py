@@ -26,14 +26,14 @@ from topkapi.config import TrainConfig, differences, from_dict, to_dict
 from topkapi.console import say
 from topkapi.errors import TopkapiError
 from topkapi.evaluate import evaluate_all
-from topkapi.files import lock, read_json, remove_leftovers, write_json, write_text_atomic
+from topkapi.files import lock, remove_leftovers, write_json, write_text_atomic
 from topkapi.metrics import require
 from topkapi.model import Autoencoder
 from topkapi.published import CONFIG, WEIGHTS
 from topkapi.scaling.memory import total, weights_and_state
 from topkapi.scaling.quantities import bytes_text, count_text
 from topkapi.scaling.shapes import Job
-from topkapi.sweep import POINTS, SETTINGS, Point, ordered, read
+from topkapi.sweep import POINTS, SETTINGS, Point, ordered, read, read_settings
 from topkapi.sweep.grid import Grid, Variant, shared
 from topkapi.train import (
     NOT_FINITE,
@@ -152,7 +152,7 @@ def _require_ours(folder: Path, base: TrainConfig) -> None:
         if folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
             raise TopkapiError(f"{folder} holds something else than a sweep. Name another folder with --out.")
         return
-    theirs = from_dict(TrainConfig, _settings(folder)["shared"])
+    theirs = from_dict(TrainConfig, read_settings(folder)["shared"])
     if lines := differences(shared(base), theirs):
         raise TopkapiError(
             f"{folder} holds another sweep ({'; '.join(lines)}; given against saved). Give the same settings to go on "
@@ -160,16 +160,12 @@ def _require_ours(folder: Path, base: TrainConfig) -> None:
         )
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    return read_json(folder / SETTINGS, "Sweep", "Restore it from a copy, or sweep in another --out.")
-
-
 def _write_settings(folder: Path, base: TrainConfig, variants: dict[str, Variant], source: Source) -> None:
     """Add these variants to sweep.json. Raises TopkapiError where language model or data have changed since."""
     identity = {**source.blocks.identity, "held_out": source.splits.held_out.fingerprint}
     before: dict[str, Any] = {"variants": {}}
     if (folder / SETTINGS).exists():
-        before = _settings(folder)
+        before = read_settings(folder)
         if changed := [name for name, value in identity.items() if before["identity"].get(name) != value]:
             raise TopkapiError(
                 f"{folder} was swept with other activations: {', '.join(changed)} changed since. Restore the language "
