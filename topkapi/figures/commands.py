@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from topkapi.config import TrainConfig, from_dict
+from topkapi.evaluate.measures import MEASURES
 from topkapi.figures.sources import Run
 from topkapi.published import read_config
 from topkapi.recipes import RECIPES
@@ -21,7 +22,7 @@ AXES = ("seeds", "k", "l1_coefficient", "n_latents", "decoder_norm", "lr", "spar
 
 
 def commands(folders: Sequence[Path], runs: Sequence[Run]) -> list[str]:
-    """A line for each run and each grid of the given folders, and for each study."""
+    """A line for each run and each grid of the given folders, and for each study and further evaluation of a run."""
     lines = []
     for folder in folders:
         if (folder / SETTINGS).exists():
@@ -31,8 +32,11 @@ def commands(folders: Sequence[Path], runs: Sequence[Run]) -> list[str]:
             lines.append(_train(folder, from_dict(TrainConfig, read_config(folder)["training"])))
     for run in runs:
         if run.study is not None:
-            tokens = len(run.study.arrays["tokens"])
-            lines.append(shlex.join(["topkapi", "study", str(run.folder), "--tokens", str(tokens)]))
+            tokens, split = len(run.study.arrays["tokens"]), run.study.identity["split"]
+            flags = ["--tokens", str(tokens), *(["--split", split] if split != "held_out" else [])]
+            lines.append(shlex.join(["topkapi", "study", str(run.folder), *flags]))
+        if metrics := [name for name in MEASURES if run.evaluation.get(name) is not None]:
+            lines.append(shlex.join(["topkapi", "eval", str(run.folder), "--metrics", *metrics]))
     return lines
 
 
