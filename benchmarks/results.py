@@ -1,27 +1,37 @@
 """Writes docs/results.md and its pictures from runs and sweeps: what the paper found, and whether these runs show it.
 
-    python benchmarks/results.py runs/sweep runs/demo
+    python benchmarks/results.py runs/layer-10 runs/baselines runs/layer-20
 
 Every number of the page is computed by `topkapi figures`; the rest of the text is in this file. For other runs, of
-another size or on another machine, name their folders instead. Pictures are those of PICTURES, in 64 colours.
+another size or on another machine, name their folders instead. Runs are taken site by site, as figures compare what was
+trained on the same activations. Pictures are those of PICTURES, in 64 colours.
+
+Figures that need weights or studies which were not kept with the runs: `--kept FOLDER`, the --out folder of an earlier
+`topkapi figures` of the same folders.
 """
 
 import argparse
+import json
 import shutil
 import tempfile
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from topkapi.figures import draw
+from topkapi.figures import draw, modality
+from topkapi.figures.canvas import styled
 from topkapi.figures.commands import commands
-from topkapi.figures.figure import Figure, LeftOut, listed
+from topkapi.figures.figure import Figure, listed, save
 from topkapi.figures.sources import FAMILIES, SEED, Run, alike, grouped, read_folders
 from topkapi.files import write_text_atomic
 
-PICTURES = ("decoder-norm", "densities", "laws", "error-l0", "progressive", "seeds")  # six at most, small ones
+Drawn = dict[str, Any]
+"""A figure as `NAME.json` has it, and where it was drawn: "folder" and "site"."""
+
+PICTURES = ("decoder-norm", "densities", "dense", "laws", "error-l0", "progressive", "seeds")  # small ones
 LARGEST = 100_000  # bytes
 INTRODUCTION = """# Results
 
@@ -36,24 +46,83 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, help="runs and sweeps")
     parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
-    parser.add_argument("--as", dest="named", nargs="*", default=[], help="names of the folders in the page's commands")
+    parser.add_argument("--kept", type=Path, help="folder of figures that were drawn where weights and studies are")
+    parser.add_argument(
+        "--as", dest="named", nargs="*", default=[], help="OLD=NEW in the page's commands, such as paths"
+    )
     arguments = parser.parse_args()
-    pictures = arguments.page.with_suffix("")
+    pictures, runs = arguments.page.with_suffix(""), read_folders(arguments.folders)
     with tempfile.TemporaryDirectory() as temporary:
-        figures, left_out = draw(arguments.folders, Path(temporary))
+        drawn, left_out = drawn_by_site(arguments.folders, runs, Path(temporary), arguments.kept)
         shutil.rmtree(pictures, ignore_errors=True)
         pictures.mkdir(parents=True)
-        for name in PICTURES:
-            if (Path(temporary) / f"{name}.png").exists():
-                shrink(Path(temporary) / f"{name}.png", pictures / f"{name}.png")
-    runs = read_folders(arguments.folders)
-    lines = commands(arguments.folders, runs)
-    names = [*arguments.named, *map(str, arguments.folders[len(arguments.named) :])]
-    for folder, name in zip(arguments.folders, names, strict=True):
-        lines = [line.replace(str(folder), name) for line in lines]
-    lines.append(f"python benchmarks/results.py {' '.join(names)}")
-    write_text_atomic(arguments.page, page(runs, figures, left_out, lines, pictures.name))
-    print(f"{arguments.page}: {len(figures)} figures, {len(left_out)} left out")
+        for figure in drawn:
+            if figure["name"] in PICTURES:
+                shrink(figure["folder"] / f"{figure['name']}.png", pictures / picture_of(figure))
+    lines = [*commands(arguments.folders, runs), *made_by(arguments)]
+    for number, corpora in enumerate(sorted({" ".join(run.settings["data.corpora"]) for run in runs}), 1):
+        if sum(corpora in line for line in lines) > 1:  # the list of files, once
+            lines = [f'TEXT{number}="{corpora}"', *(line.replace(corpora, f"$TEXT{number}") for line in lines)]
+    for old, _, new in (pair.partition("=") for pair in arguments.named):
+        lines = [line.replace(old, new) for line in lines]
+    write_text_atomic(arguments.page, page(runs, drawn, left_out, lines, pictures.name))
+    print(f"{arguments.page}: {len(drawn)} figures, {len(left_out)} left out")
+
+
+def made_by(arguments: argparse.Namespace) -> list[str]:
+    """The commands that make this page."""
+    folders = " ".join(map(str, arguments.folders))
+    if arguments.kept is None:
+        return [f"python benchmarks/results.py {folders}"]
+    return [f"topkapi figures {folders} --out figures", f"python benchmarks/results.py {folders} --kept figures"]
+
+
+def drawn_by_site(
+    folders: Sequence[Path], runs: Sequence[Run], out: Path, kept: Path | None
+) -> tuple[list[Drawn], list[str]]:
+    """Figures of each site's folders, those that compare sites, and those that were kept; what is left out, and why."""
+    sites: dict[str, list[Path]] = {}
+    for folder in folders:
+        (site,) = {run.settings["language_model.site"] for run in read_folders([folder])}
+        sites.setdefault(site, []).append(folder)
+    drawn, left_out = [], []
+    for site, mine in sites.items():
+        figures, without = draw(mine, out / site)
+        own = [figure for figure in figures if figure.name != "modality" and not is_detail(figure, figures)]
+        drawn += [load(out / site / f"{figure.name}.json", site) for figure in own]
+        left_out += [
+            f"{site}, {one.name}: {one.why.rstrip('.')}." for one in without if one.name != "modes of activations"
+        ]
+    with styled():
+        for found in modality.figures(runs):
+            if isinstance(found, Figure):
+                save(found, out)
+                drawn.append(load(out / "modality.json", ""))
+    have, site_of = (
+        {figure["name"] for figure in drawn},
+        {run.name: run.settings["language_model.site"] for run in runs},
+    )
+    for path in sorted(kept.glob("*.json")) if kept else ():
+        figure = load(path, "")
+        if figure["name"] not in have and not figure["name"].startswith("densities-"):
+            (*others, last) = {site_of[name] for name in figure["runs"]}
+            drawn.append(figure | {"site": "" if others else last})
+    return drawn, left_out
+
+
+def is_detail(figure: Figure, figures: Sequence[Figure]) -> bool:
+    """Whether it shows the densities of a single run, where there are those of all."""
+    return figure.name.startswith("densities-") and any(other.name == "densities" for other in figures)
+
+
+def load(path: Path, site: str) -> Drawn:
+    """A figure that was saved."""
+    return json.loads(path.read_text(encoding="utf-8")) | {"folder": path.parent, "site": site}
+
+
+def picture_of(figure: Drawn) -> str:
+    """The name of its picture, which several sites may have."""
+    return f"{figure['site']}-{figure['name']}.png" if figure["site"] else f"{figure['name']}.png"
 
 
 def shrink(source: Path, target: Path) -> None:
@@ -67,14 +136,18 @@ def shrink(source: Path, target: Path) -> None:
 
 
 def page(
-    runs: Sequence[Run], figures: Sequence[Figure], left_out: Sequence[LeftOut], lines: Sequence[str], pictures: str
+    runs: Sequence[Run], drawn: Sequence[Drawn], left_out: Sequence[str], lines: Sequence[str], pictures: str
 ) -> str:
     """The page in Markdown."""
-    parts = [INTRODUCTION, scale(runs), verdicts(figures)]
-    parts += [section(figure, pictures) for figure in without_details(figures) if figure.source]
+    by_name: dict[str, list[Drawn]] = {}
+    for figure in drawn:
+        by_name.setdefault(figure["name"], []).append(figure)
+    parts = [INTRODUCTION, scale(runs), verdicts(by_name)]
+    parts += [section(figures, pictures) for figures in by_name.values() if figures[0]["source"]]
     if left_out:
-        parts.append("## Left out\n\n" + "\n".join(f"- {one.name}: {one.why.rstrip('.')}." for one in left_out))
-    parts.append("## Commands\n\n```sh\n" + "\n".join(lines) + "\n```")
+        parts.append("## Left out\n\n" + "\n".join(f"- {line}" for line in left_out))
+    text = "runs/text/" in lines[0] and "Files of text are those that `python benchmarks/text.py runs/text` writes.\n\n"
+    parts.append(f"## Commands\n\n{text or ''}```sh\n" + "\n".join(lines) + "\n```")
     return "\n\n".join(map(wrapped, parts)) + "\n"
 
 
@@ -85,12 +158,6 @@ def wrapped(part: str) -> str:
     kept = ("|", "#", "- ", "!")
     fill = textwrap.TextWrapper(120, break_long_words=False, break_on_hyphens=False).fill
     return "\n\n".join(one if one.startswith(kept) else fill(one) for one in part.split("\n\n"))
-
-
-def without_details(figures: Sequence[Figure]) -> list[Figure]:
-    """Without the densities of single runs, where those of all are there."""
-    whole = any(figure.name == "densities" for figure in figures)
-    return [figure for figure in figures if not (whole and figure.name.startswith("densities-"))]
 
 
 def scale(runs: Sequence[Run]) -> str:
@@ -114,22 +181,32 @@ def scale(runs: Sequence[Run]) -> str:
     return text + (f"Not measured yet: {listed(unmeasured)}." if unmeasured else "")
 
 
-def verdicts(figures: Sequence[Figure]) -> str:
-    """A row a claim."""
-    rows = ["| the paper | where | here | by what |", "|---|---|---|---|"]
-    for figure in without_details(figures):
-        for claim in figure.claims:
-            evidence = claim.evidence.replace("|", "\\|")
-            rows.append(f"| {claim.text} | {figure.source} | **{claim.verdict}** | {figure.title}: {evidence} |")
-    return "\n".join(rows)
+def verdicts(by_name: dict[str, list[Drawn]]) -> str:
+    """A row a claim, a column a site; what the verdicts rest on is in the sections."""
+    sites = list(dict.fromkeys(figure["site"] for figures in by_name.values() for figure in figures if figure["site"]))
+    lines = [f"| the paper | where | {' | '.join(sites)} |", "|---" * (2 + len(sites)) + "|"]
+    for figures in by_name.values():
+        for claim in dict.fromkeys(claim["text"] for figure in figures for claim in figure["claims"]):
+            said = {f["site"]: c["verdict"] for f in figures for c in f["claims"] if c["text"] == claim}
+            cells = " | ".join(f"**{said.get(site, said.get('', ''))}**".replace("****", "") for site in sites)
+            lines.append(f"| {claim} | {figures[0]['source']} | {cells} |")
+    return "\n".join(lines)
 
 
-def section(figure: Figure, pictures: str) -> str:
-    """Heading, picture if it is among those, caption and statement."""
-    lines = [f"## {figure.title}", f"*{figure.source}.* {figure.statement}"]
-    if figure.name in PICTURES:
-        lines.append(f"![{figure.title}]({pictures}/{figure.name}.png)")
-    return "\n\n".join([*lines, figure.caption])
+def section(figures: Sequence[Drawn], pictures: str) -> str:
+    """Of each site what the figure says, what its verdicts rest on, and the picture; the caption below."""
+    parts = [f"## {figures[0]['title']}", f"*{figures[0]['source']}.*"]
+    for figure in figures:
+        parts.append(f"**{figure['site'] or 'Both sites'}.** {figure['statement']}")
+        for claim in figure["claims"]:
+            parts.append(
+                f"- **{claim['verdict']}**: {claim['text']} {claim['evidence'][:1].upper()}{claim['evidence'][1:]}."
+            )
+        if figure["name"] in PICTURES:
+            parts.append(f"![{figure['title']}, {figure['site']}]({pictures}/{picture_of(figure)})")
+        if figure["caption"] != figures[-1]["caption"] or figure is figures[-1]:
+            parts.append(figure["caption"])
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":

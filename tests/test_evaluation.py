@@ -3,21 +3,25 @@
 Seen to fail when: a metric of other settings is kept; a gap is not tried again; a mistake of ours becomes a gap.
 """
 
+import errno
 import json
+import os
 import shutil
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.command_line import one_line
-from topkapi import evaluation
+from topkapi import evaluation, files
 from topkapi.cli import main
 from topkapi.cli.reading import Metric
 from topkapi.evaluate import METRICS, measures
 from topkapi.evaluate.measures import MEASURES
 from topkapi.results import HELD_OUT
-from topkapi.train import train
+from topkapi.train import load_run, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -133,6 +137,19 @@ def test_other_settings_or_weights_start_anew(run, calls):
     assert calls == ["base", "n2g", "base"]
 
 
+def test_a_run_that_cannot_be_written_is_refused_before_the_work_unless_there_is_none(run, calls, capsys, monkeypatch):
+    def read_only(dir):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(dir))
+
+    monkeypatch.setattr(files, "TemporaryFile", read_only)
+    assert main(["eval", str(run), *SMALL, "--metrics", "n2g"]) == 0
+    for more in (["--fresh"], ["--metrics", "n2g_loss"]):
+        capsys.readouterr()
+        assert main(["eval", str(run), *SMALL, *more]) == 2
+        assert f"nothing can be written in {run} (Read-only" in capsys.readouterr().err.splitlines()[-1]
+    assert calls == []
+
+
 def test_a_reference_curve_gives_the_compute_equivalent(run, capsys):
     found = results(run)
     low, high = sorted([found["ce_clean"], found["ce_spliced"]])
@@ -166,3 +183,31 @@ def test_a_mistake_of_ours_keeps_its_traceback_and_what_was_measured(run, monkey
     found = results(run)
     assert found["normalized_mse"] is not None
     assert "n2g" not in found
+
+
+def test_a_language_model_that_has_changed_since_training_is_said(tiny_config, tiny_language_model, tmp_path, capsys):
+    lm, run = shutil.copytree(tiny_language_model, tmp_path / "lm"), tmp_path / "run"
+    data = replace(tiny_config.data, held_out=0.5, source="live")
+    language_model = replace(tiny_config.language_model, name=str(lm))
+    train([replace(tiny_config, language_model=language_model, data=data, tokens=300)], [run])
+    commands = [
+        ["eval", str(run), "--tokens", "64", "--downstream-tokens", "0"],
+        ["study", str(run), "--tokens", "64"],
+        ["find", str(run), "--prompt", "The old river", "--positive", " the", "--negative", " a"],
+    ]
+
+    def warnings(command):
+        capsys.readouterr()
+        assert main(command) == 0
+        return [line for line in capsys.readouterr().err.splitlines() if "is not the language model that" in line]
+
+    assert [warnings(command) for command in commands] == [[], [], []]
+    shutil.rmtree(run / "study")
+    weights = load_file(lm / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"] *= 1.5
+    save_file(weights, lm / "model.safetensors", metadata={"format": "pt"})
+    assert [len(warnings(command)) for command in commands] == [1, 1, 1]
+    ae, _ = load_run(run)
+    del ae.summary["language_model_fingerprint"]  # as older versions published it
+    ae.save_pretrained(run)
+    assert [warnings(command) for command in commands] == [[], [], []]

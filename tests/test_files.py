@@ -1,4 +1,5 @@
-"""Seen to fail when: `write_atomic` writes to the path itself; `read_json` skips the checksum; a lock is not held."""
+"""Seen to fail when: `write_atomic` writes to the path itself; `read_json` skips the checksum; a lock is not held;
+a name in a folder that is a file passes for writable."""
 
 import errno
 import os
@@ -31,6 +32,30 @@ def test_write_atomic_replaces_a_file_or_leaves_it(tmp_path):
     with pytest.raises(IsADirectoryError) as refused:
         files.write_text_atomic(tmp_path / "new", "a folder")
     assert refused.value.filename == str(tmp_path / "new")  # not the temporary file's
+
+
+def test_what_cannot_be_written_is_said_and_nothing_is_left_behind(tmp_path):
+    (tmp_path / "file").write_text("before")
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("", tmp_path / "new.json", tmp_path / "file", tmp_path / "a" / "b é" / "new.json"):
+        files.require_writable("--json", name)
+    files.require_writable("--out", tmp_path, is_folder=True)
+    files.require_writable("--out", tmp_path / "a" / "b", is_folder=True)
+    for path, is_folder, reason in [
+        (tmp_path, False, "something else than a file"),
+        (tmp_path / "file", True, "something else than a folder"),
+        ("/dev/null", False, "something else than a file"),
+        (tmp_path / "file" / "x.json", False, f"in {tmp_path / 'file'} (Not a directory)"),
+        (tmp_path / "file" / "a" / "b", True, f"in {tmp_path / 'file'} (Not a directory)"),
+        ("/proc/topkapi/x.json", False, "in /proc ("),
+        ("/proc", True, "in /proc ("),
+    ]:
+        with pytest.raises(TopkapiError) as refused:
+            files.require_writable("--json", path, is_folder)
+        assert str(refused.value).startswith(f"--json {path}: ")
+        assert reason in str(refused.value)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "file").read_text() == "before"
 
 
 def test_json_comes_back(tmp_path):

@@ -212,11 +212,27 @@ def test_groups_fit_and_share_a_step():
         assert divide(list(steps), steps.get, lambda group, most=limit: len(group) <= most) == wanted
 
 
-def test_auto_divides_by_memory(base, tmp_path, trained, monkeypatch):
+def test_auto_divides_by_memory(base, tmp_path, trained, monkeypatch, capsys):
     size = 4 * (5 * 2 * 64 * 128)  # a quarter more than weights, moments and average
     monkeypatch.setattr(running, "_memory", lambda device: 4 * size)
     sweep(replace(base, tokens=200), Grid(n_latents=(128,), k=(1, 2, 3, 4)), tmp_path / "sweep")
     assert [len(group) for group in trained] == [2, 2]
+    assert "training waits" not in capsys.readouterr().err
+    monkeypatch.setattr(running, "MUCH_WRITTEN", 0)
+    sweep(replace(base, tokens=1000), Grid(n_latents=(128,), k=(1,)), tmp_path / "other")
+    assert "training waits while its 2 checkpoints are written" in capsys.readouterr().err
+
+
+def test_a_group_that_writes_much_says_so(base):
+    advice = running._of_checkpoints(
+        replace(base, tokens=1900), 3_000_000_000
+    )  # 19 steps, saved each fifth and at the end
+    assert advice.startswith(
+        "training waits while its 4 checkpoints are written, 12.0 GB in all; a --save-every above 5 "
+    )
+    assert running._of_checkpoints(base, 2_000_000_000) == ""
+    assert running._of_checkpoints(replace(base, save_every=20), 12_000_000_000) == ""
+    assert running._of_checkpoints(replace(base, async_checkpoints=True), 12_000_000_000) == ""
 
 
 def test_another_corpus_is_noticed_before_training(base, tmp_path, trained):

@@ -197,6 +197,31 @@ def test_missing_packages(refused, tiny_config, tmp_path, monkeypatch):
     assert contents(tmp_path / "run") == {}
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["figures", "absent", "--report"],
+        ["find", "absent", "--prompt", "x", "--positive", "a", "--negative", "b", "--json"],
+        ["steer", "absent", "--prompt", "x", "--ablate", "1", "--json"],
+        ["plan", "--json"],
+        ["plan", "--picture"],
+        ["plan", "--measure"],
+    ],
+)
+def test_a_result_file_that_cannot_be_written_is_refused_before_all_work(refused, tmp_path, arguments):
+    refused([*arguments, str(tmp_path)], f"{arguments[-1]} {tmp_path}: something else than a file")
+    refused([*arguments, "/proc/topkapi/x"], f"{arguments[-1]} /proc/topkapi/x: nothing can be written in /proc")
+
+
+def test_a_result_folder_that_cannot_be_written_is_refused_before_all_work(refused, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr("topkapi.train.open_text", None)
+    (file := tmp_path / "file").write_text("not a folder")
+    refused(["figures", "absent", "--out", str(file)], f"--out {file}: something else than a folder")
+    refused(["bench", "tiny", "--out", str(file)], f"--out {file}: something else than a folder")
+    refused(["export", "absent", str(file / "site")], f"OUT {file / 'site'}: nothing can be written in {file}")
+    refused(["study", str(finished), "--tokens", "16", "--out", str(file)], f"--out {file}: something else")
+
+
 def test_a_run_folder_that_cannot_be_written(refused, tiny_config, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
     refused(train_arguments(tiny_config, tmp_path / "file" / "run"), str(tmp_path / "file"), "Choose another folder")

@@ -27,11 +27,11 @@ from topkapi.evaluate.downstream import Losses
 from topkapi.evaluate.labelled import has_changed
 from topkapi.evaluate.measures import MEASURES, Subject, as_json, measure
 from topkapi.evaluate.table import remarks, rows
-from topkapi.files import write_text_atomic
+from topkapi.files import require_writable, write_text_atomic
 from topkapi.model import Autoencoder
-from topkapi.published import WEIGHTS, read_config
+from topkapi.published import checksum_of
 from topkapi.results import EVALUATION, HELD_OUT, read_evaluation
-from topkapi.train import Text, load_run, open_text
+from topkapi.train import Text, load_run, open_text, warn_if_changed
 
 PREVIOUS = "eval-previous.json"  # the eval.json before, where it had metrics that the new one has not
 
@@ -64,6 +64,7 @@ def evaluate_opened(
     run: Path, ae: Autoencoder, text: Text, config: TrainConfig, settings: EvalConfig, asked: Asked = Asked()
 ) -> dict[str, Any]:
     """`evaluate_run` of a run that is open already."""
+    warn_if_changed(run, ae, text.language_model)
     ae = ae.to(text.language_model.device)
     same = _identity(run, text, settings)
     before = _before(run)
@@ -78,8 +79,14 @@ def evaluate_opened(
         text = json.dumps(results | {"gaps": gaps, "settings": same}, indent=2, allow_nan=False)
         write_text_atomic(run / EVALUATION, text + "\n")
 
+    left = [
+        name for name in MEASURES if name in asked.metrics and (results.get(name) is None or has_changed(results[name]))
+    ]
+    is_base_wanted = not results or asked.reference or not (run / HELD_OUT).exists()
+    if left or is_base_wanted:
+        require_writable("Results go to", run / EVALUATION)
     losses = None
-    if not results or asked.reference or not (run / HELD_OUT).exists():
+    if is_base_wanted:
         (found,) = evaluate_all([ae], text.language_model, text.splits.held_out, config.data, settings)
         found.write_latents(run)
         gaps = found.gaps | {name: why for name, why in gaps.items() if name not in found.metrics}
@@ -89,13 +96,12 @@ def evaluate_opened(
         _add(results, gaps, "compute_equivalent", lambda: _share(losses, asked.reference))
         keep()
     subject = Subject(ae, text.language_model, text.splits.held_out, config.data, settings)
-    for name in MEASURES:
-        if name in asked.metrics and (results.get(name) is None or has_changed(results[name])):
-            started = time.monotonic()
-            _add(results, gaps, name, lambda name=name: measure(name, subject))
-            problem = f": not to be had, {gaps[name]}" if name in gaps else ""
-            say(f"{name}, {time.monotonic() - started:.0f} s{problem}")
-            keep()
+    for name in left:
+        started = time.monotonic()
+        _add(results, gaps, name, lambda name=name: measure(name, subject))
+        problem = f": not to be had, {gaps[name]}" if name in gaps else ""
+        say(f"{name}, {time.monotonic() - started:.0f} s{problem}")
+        keep()
     return results | {"gaps": gaps}
 
 
@@ -103,7 +109,7 @@ def _identity(run: Path, text: Text, settings: EvalConfig) -> dict[str, Any]:
     """What an evaluation depends on."""
     return {
         **to_dict(settings),
-        "autoencoder": read_config(run)["files"][WEIGHTS],
+        "autoencoder": checksum_of(run),
         "language_model": text.language_model.fingerprint,
         "held_out": text.splits.held_out.fingerprint,
         "topkapi_version": topkapi.__version__,

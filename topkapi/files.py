@@ -6,11 +6,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -58,9 +60,41 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def require_writable(what: str, path: Path | str, is_folder: bool = False) -> None:
+    """Raise TopkapiError if the file (or folder) of an option cannot be written: to be called before long work.
+
+    `what` names it in the message; "" is an option that is not given. Nothing is left behind: folders that are missing
+    are made by whoever writes. What is no file, such as /dev/null, is refused: `write_atomic` would take its place.
+    """
+    if not path:
+        return
+    path, kind = Path(path), "folder" if is_folder else "file"
+    if path.exists() and not (path.is_dir() if is_folder else path.is_file()):
+        raise TopkapiError(f"{what} {path}: something else than a {kind} has that name. Give another.")
+    there = path.absolute() if is_folder else path.absolute().parent
+    nearest = next(folder for folder in (there, *there.parents) if folder.exists())
+    try:
+        with TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise TopkapiError(
+            f"{what} {path}: nothing can be written in {nearest} ({error.strerror}). Give another {kind}."
+        ) from None
+
+
 def write_text_atomic(path: Path, text: str) -> None:
     """`write_atomic` of a UTF-8 text."""
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray | int]) -> None:
+    """`write_atomic` of an npz file."""
+
+    def save(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # given a path, numpy would add a suffix
+            np.savez(file, **arrays)
+
+    write_atomic(path, save)
 
 
 def remove_leftovers(folder: Path) -> None:

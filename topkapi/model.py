@@ -41,7 +41,7 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="topkapi", licen
 
     W_enc and W_dec are both (n_latents, d_model): row i belongs to latent i. `load_state_dict`, `save_pretrained`,
     `from_pretrained` and `push_to_hub` work as everywhere; the published config.json holds the normalisation, the
-    site, the language model's name and the training summary.
+    site, the language model's name and the training summary, with its fingerprint.
 
     One of several processes that train it holds the rows `latents` of them, those that a process alone would start
     with; it is an autoencoder only together with the others (`topkapi.exchange`), and encodes and decodes nothing by

@@ -47,6 +47,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def checksum_of(folder: Path) -> str | None:
+    """SHA-256 of the weights, by which a finished autoencoder is known; None before. Raises as `read_config`."""
+    return read_config(folder).get("files", {}).get(WEIGHTS)
+
+
 def read_published(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and description. Raises TopkapiError if a file is missing, damaged, or the two do not belong together."""
     config, path = read_config(folder), folder / WEIGHTS

@@ -51,6 +51,7 @@ from topkapi.step import relu_step, topk_step
 
 WEIGHTS = ("W_enc", "W_dec")
 WITHOUT_LATENTS = "pre_bias"  # the parameter that is the same on every shard
+FINGERPRINT = "language_model_fingerprint"  # in a published autoencoder's summary
 NOT_FINITE = "not_finite.txt"  # in the folder of a run that was left behind: why
 SECOND_SIGNAL_AFTER = 2.0  # seconds: a launcher and a terminal may both pass on what was one
 MOST_LOST = 0.01  # share of the k largest latents that shards may lose without a warning: ten times what is planned
@@ -231,7 +232,12 @@ class Trainer:
     def publish(self, tokens: int) -> None:
         """Write the finished autoencoder, with the averaged weights where there are any, to the run folder."""
         self.working.finish(*OF_LATENTS)
-        self.ae.summary = {"tokens": tokens, "steps": self.optimizer.n_steps, "last_batch": self.metrics()}
+        self.ae.summary = {
+            "tokens": tokens,
+            "steps": self.optimizer.n_steps,
+            FINGERPRINT: self.source_identity["language_model"],
+            "last_batch": self.metrics(),
+        }
         weights = {name: self._on_first(name, tensor) for name, tensor in self.optimizer.averaged(self.ae).items()}
 
         def write() -> None:
@@ -498,6 +504,15 @@ def load_run(run: Path) -> tuple[Autoencoder, TrainConfig]:
     if ae.training_config is None:
         raise TopkapiError(f"{run} was not trained by Topkapi: its config.json holds no training settings.")
     return ae, _config_of(run, ae.training_config)
+
+
+def warn_if_changed(run: Path, ae: Autoencoder, language_model: LanguageModel) -> None:
+    """Say so where a language model is not the one that a run was trained on; older runs do not know which it was."""
+    if ae.summary.get(FINGERPRINT) not in (None, language_model.fingerprint):
+        say(
+            f"warning: {language_model.name} is not the language model that {run} was trained on: its weights or "
+            "config have changed since. Results are of the one that is here now, unless you restore the other."
+        )
 
 
 def saved_config(run: Path) -> TrainConfig:

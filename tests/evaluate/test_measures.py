@@ -245,6 +245,22 @@ def test_a_task_with_a_single_text_of_a_class_is_left_out(monkeypatch):
     assert "two examples of each class" in found["left_out"]["one"]
 
 
+def test_tasks_of_the_same_texts_draw_them_together(monkeypatch):
+    """Two names of one task: the mean is known as well as that of one of them, and not as that of two."""
+    ab, c = ["3 4 5", "4 5", "4 6", "5 6 6"] * 10, ["6 5", "7 5 4"] * 10
+    tasks = {"a": Task(ab, torch.arange(40) % 2 == 0), "b": Task(ab, torch.arange(40) % 2 == 0)}
+    tasks["c"] = Task(c, torch.arange(20) % 3 == 0)
+    monkeypatch.setattr(labelled, "task", tasks.get)
+    ae = random_autoencoder(n_latents=40, k=3)
+    found = {}
+    for names in ("ab", "abc"):
+        monkeypatch.setattr(labelled, "TASKS", dict.fromkeys(names))
+        found[names] = measure("probes", subject(ae))
+    one = found["ab"]["tasks"]["a"]
+    assert {name: one[name] for name in found["ab"]["mean"]} == found["ab"]["mean"]
+    assert found["abc"]["mean"]["n"] == one["n"] + found["abc"]["tasks"]["c"]["n"]
+
+
 def test_texts_are_drawn_by_class_in_their_shares():
     labels = torch.zeros(1000, 2, dtype=torch.bool)
     labels[:300, 0], labels[:3, 1] = True, True

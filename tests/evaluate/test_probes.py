@@ -1,7 +1,7 @@
 """Probes against scikit-learn's logistic regression, pooling against loops, and tasks with known answers.
 
 Mutations seen caught: silent examples counted twice; z not standardised; test examples fitted on, or training examples
-scored; a mean over another number of tokens; a split without shuffling.
+scored; a mean over another number of tokens; a split without shuffling; texts that tasks share drawn by themselves.
 """
 
 import math
@@ -15,7 +15,7 @@ from tests.evaluate.stand_ins import D_MODEL, random_autoencoder
 from topkapi.errors import TopkapiError
 from topkapi.evaluate import probes as module
 from topkapi.evaluate import sampling
-from topkapi.evaluate.probes import dense_codes, encode_examples, fit_probes, probe_loss, probe_task
+from topkapi.evaluate.probes import TaskProbe, dense_codes, encode_examples, fit_probes, probe_loss, probe_task
 from topkapi.model import Autoencoder
 
 
@@ -109,6 +109,10 @@ def test_test_examples_do_not_touch_the_probe():
         other.train_loss,
     )
     assert one.test_losses.mean() != other.test_losses.mean()
+    assert torch.equal(one.test_examples, (~train).nonzero()[:, 0])
+    logits = (one.weight * z[:, one.latent] + one.bias)[one.test_examples].double()
+    losses = torch.nn.functional.softplus(torch.where(y[one.test_examples], -logits, logits))
+    torch.testing.assert_close(one.test_losses, losses, rtol=1e-5, atol=1e-6)
 
 
 def test_each_class_is_split_alike_and_by_the_seed():
@@ -161,6 +165,43 @@ def test_the_mean_counts_each_task_alike_and_its_interval_is_that_of_drawing_tes
     error = math.sqrt(sum((loss.var() / len(loss)).item() for loss in losses)) / 2
     assert found.mean.high - found.mean.low == pytest.approx(2 * 1.96 * error, rel=0.3)
     assert found == probe_loss(probes) != probe_loss(probes, seed=1)
+
+
+def tasks_of_shared_texts(n_tasks: int, n_texts: int, own: float) -> tuple[dict[str, TaskProbe], float]:
+    """Tasks, each tested on another half of the same texts, and the standard error of their mean loss.
+
+    The loss of a text is a part that it has in all tasks, of variance 1, and a part of the task's own.
+    """
+    shared, probes, share_of_text = draw(n_texts).double(), {}, torch.zeros(n_texts).double()
+    for task in range(n_tasks):
+        test = torch.randperm(n_texts, generator=torch.Generator().manual_seed(task))[: n_texts // 2].sort().values
+        losses = 5 + shared[test] + own * draw(len(test), seed=task + 1)
+        share_of_text[test] += 1 / (n_tasks * len(test))
+        probes[str(task)] = TaskProbe(0, 0.0, 0.0, 0.0, losses, test, 0.0, n_texts - len(test), len(test))
+    return probes, math.sqrt(share_of_text.square().sum().item() + own**2 / (n_tasks * len(test)))
+
+
+@pytest.mark.parametrize("own", [0.0, 1.0])
+def test_texts_that_tasks_share_are_drawn_together(own):
+    """Drawn by themselves the interval is less than half as wide as it should be."""
+    probes, error = tasks_of_shared_texts(n_tasks=20, n_texts=600, own=own)
+    found = probe_loss(probes, dict.fromkeys(probes, "posts")).mean
+    apart = probe_loss(probes).mean
+    means = [probe.test_losses.mean().item() for probe in probes.values()]
+    assert found.value == apart.value == pytest.approx(np.mean(means), rel=1e-12)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.25)
+    assert apart.high - apart.low < (found.high - found.low) / 2
+    assert (found.n, apart.n) == (600, 20 * 300)
+
+
+def test_tasks_of_two_sources_are_independent_of_each_other():
+    probes, _ = tasks_of_shared_texts(n_tasks=4, n_texts=600, own=0.0)
+    found = probe_loss(probes, {"0": "posts", "1": "posts", "2": "mails", "3": "mails"}).mean
+    errors = [
+        probe_loss({name: probes[name] for name in names}, dict.fromkeys(names, "")).mean for names in ("01", "23")
+    ]
+    expected = math.hypot(*(one.high - one.low for one in errors)) / 2
+    assert found.high - found.low == pytest.approx(expected, rel=0.25)
 
 
 def test_a_dead_autoencoder_has_no_probe_loss_and_says_why():

@@ -2,7 +2,7 @@
 
 Seen to fail when: files are not cut back to what progress.json counts; sums are not saved with it; a range of latents
 counts as done before it is written; a study of another split goes on as if it were the same; ranks' blocks are taken in
-another order.
+another order; files of others are not looked for.
 """
 
 import json
@@ -253,3 +253,20 @@ def test_files_of_others_in_its_folder_stay(trained, tmp_path, reservoir):
     files = json.loads((tmp_path / "study.json").read_text())["files"]
     wanted = {*(f"{name}.bin" for name in files), "pytorch_model.bin", "study.json", ".lock"}
     assert {path.name for path in tmp_path.iterdir()} == wanted
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "candidate_rows.bin", "state-0.npz"])
+def test_a_file_of_others_with_the_name_of_a_studys_is_not_written_over(trained, tmp_path, name):
+    (tmp_path / name).write_text("somebody's tokens")
+    with pytest.raises(TopkapiError, match=f"{tmp_path / name} is not of a study that goes on here.*--out"):
+        trained.study(tmp_path)
+    assert contents(tmp_path) == {name: b"somebody's tokens"}
+
+
+def test_a_study_that_was_killed_before_its_first_block_goes_on(trained, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "harvest", None)
+        with pytest.raises(TypeError):
+            trained.study(tmp_path)
+    assert {"progress.json", "positions.bin"} <= contents(tmp_path).keys()
+    trained.study(tmp_path).verify()

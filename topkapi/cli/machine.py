@@ -13,8 +13,8 @@ from topkapi.bench.cases import SUITES, Case
 from topkapi.cli.parsing import parse, variant
 from topkapi.console import say
 from topkapi.errors import TopkapiError
-from topkapi.files import write_text_atomic
-from topkapi.parallel import launched
+from topkapi.files import require_writable, write_text_atomic
+from topkapi.parallel import launched, speaks
 from topkapi.plotting import require_matplotlib
 from topkapi.scaling.quantities import parse_size
 
@@ -148,6 +148,7 @@ def bench_command(arguments: Sequence[str]) -> None:
     device = ("cuda" if on_cuda else "cpu") if command.device == "auto" else command.device
     if device == "cuda" and not on_cuda:
         raise TopkapiError("--device cuda: no CUDA device here. Leave --device auto, or install a CUDA build of torch.")
+    require_writable("--out", command.out, is_folder=True)
     bench(
         [variant(command.case, text, f"bench {name}") for text in command.variants] or [command.case],
         BenchOptions(
@@ -164,6 +165,8 @@ def bench_command(arguments: Sequence[str]) -> None:
 def plan_command(arguments: Sequence[str]) -> None:
     """topkapi plan --n-latents 16M --d-model 12288 --k 256 --gpus 512: the best mesh, its memory and its speed."""
     command = parse(PlanOptions, "topkapi plan", arguments)
+    for option in ("measure", "json", "picture") if speaks() else ():  # of several processes one writes
+        require_writable(f"--{option}", getattr(command, option))
     if command.measure:
         _measure_gpu(Path(command.measure), command.bench)
         return

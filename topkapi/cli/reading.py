@@ -11,6 +11,7 @@ from topkapi.cli.parsing import parse, run_and_options
 from topkapi.config import EvalConfig, StudyConfig
 from topkapi.console import say
 from topkapi.errors import TopkapiError
+from topkapi.files import require_writable
 from topkapi.parallel import open_mesh
 from topkapi.plotting import require_matplotlib
 
@@ -205,13 +206,16 @@ def eval_command(arguments: Sequence[str]) -> None:
 def study_command(arguments: Sequence[str]) -> None:
     """topkapi study RUN --tokens N [--out FOLDER]: the complete sparse code of held-out text, into RUN/study."""
     from topkapi.study import write_study
-    from topkapi.train import device_type, load_run, open_text
+    from topkapi.study.layout import STUDY
+    from topkapi.train import device_type, load_run, open_text, warn_if_changed
 
     run, command = run_and_options("study", arguments, StudyOptions, "out")
     ae, config = load_run(run)
     with open_mesh(1, device_type(config)) as mesh:
         mesh = mesh.apart()  # whose collectives wait as long as rank 0 takes to write
+        mesh.on_first(lambda: (command.out / STUDY).exists() or require_writable("--out", command.out, is_folder=True))
         text = mesh.first_before_others(lambda: open_text(config))
+        warn_if_changed(run, ae, text.language_model)
         token_file = getattr(text.splits, command.config.split)
         write_study(run, ae, text.language_model, token_file, config.data, command.config, command.out, mesh)
     say(f"study: {command.out}. Read it: topkapi.study.open({str(command.out)!r})")
@@ -222,6 +226,7 @@ def find_command(arguments: Sequence[str]) -> None:
     from topkapi.explore.finding import find_in_run
 
     run, options = run_and_options("find", arguments, FindOptions)
+    require_writable("--json", options.json)
     find_in_run(
         run,
         options.prompt,
@@ -240,6 +245,7 @@ def steer_command(arguments: Sequence[str]) -> None:
     from topkapi.explore.writing import Sampling, pattern_of, steer_run
 
     run, options = run_and_options("steer", arguments, SteerOptions)
+    require_writable("--json", options.json)
     kinds = ("clamp", "bound", "scale", "add", "ablate")
     steer_run(
         run,
@@ -283,6 +289,7 @@ def export_command(arguments: Sequence[str]) -> None:
         raise TopkapiError("name the folder to write after the run, as in topkapi export runs/demo site.")
     if command.examples < 1:
         raise TopkapiError(f"--examples must be 1 or more; got {command.examples}.")
+    require_writable("OUT", out, is_folder=True)
     export(run, open_for(run, command.study), Path(out), command.examples, command.votes)
 
 
@@ -290,6 +297,8 @@ def figures_command(arguments: Sequence[str]) -> None:
     """topkapi figures RUN_OR_SWEEP ... [--out FOLDER] [--report out.html]: pictures for a paper, with their data."""
     command = parse(FiguresOptions, "topkapi figures", arguments or ["--help"])
     require_matplotlib()
+    require_writable("--out", command.out, is_folder=True)
+    require_writable("--report", command.report)
     from topkapi.figures import draw
 
     draw(command.folders, command.out, Path(command.report) if command.report else None)

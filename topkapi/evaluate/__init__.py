@@ -16,7 +16,7 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,12 +25,12 @@ from jaxtyping import Float64, Int64
 
 from topkapi.config import DataConfig, EvalConfig
 from topkapi.console import progress, say
-from topkapi.data.activations import harvest
+from topkapi.data.activations import Block, harvest
 from topkapi.data.language_model import LanguageModel
 from topkapi.data.tokens import TokenFile
 from topkapi.evaluate.downstream import Losses, downstream_losses
 from topkapi.evaluate.reconstruction import ReconstructionMetrics
-from topkapi.files import write_atomic
+from topkapi.files import write_arrays
 from topkapi.model import Autoencoder
 from topkapi.results import HELD_OUT
 
@@ -70,12 +70,7 @@ class Evaluation:
     def write_latents(self, run: Path) -> None:
         """Write RUN/held_out.npz: the arrays n_fired, sum_squares and n_tokens (a single number)."""
         arrays = {"n_fired": self.n_fired, "sum_squares": self.sum_squares, "n_tokens": self.metrics["n_tokens"]}
-
-        def save(path: Path) -> None:
-            with path.open("wb") as file:  # given a path, numpy would change its name
-                np.savez(file, **arrays)
-
-        write_atomic(run / HELD_OUT, save)
+        write_arrays(run / HELD_OUT, arrays)
 
 
 def evaluate(
@@ -174,14 +169,20 @@ def _reconstruct(
     """Each autoencoder's metrics of `tokens` tokens of the file, harvested and dropped as in training."""
     metrics = [ReconstructionMetrics(ae) for ae in aes]
     context_ids = spread_contexts(token_file, config.context, tokens)
-    with progress("reconstruction", len(context_ids) * config.context) as meter:
-        step = max(1, HARVEST_TOKENS // config.context)
-        for start in range(0, len(context_ids), step):
-            group = context_ids[start : start + step]
-            block, _ = harvest(lm, token_file, group, config, meter.advance)
-            for found in metrics:
-                found.update(block.x, block.positions // config.context)
+    for block in harvested("reconstruction", lm, token_file, context_ids, config):
+        for found in metrics:
+            found.update(block.x, block.positions // config.context)
     return metrics
+
+
+def harvested(
+    what: str, lm: LanguageModel, token_file: TokenFile, context_ids: Int64[np.ndarray, " contexts"], config: DataConfig
+) -> Iterator[Block]:
+    """Activations of some contexts as training harvests them, HARVEST_TOKENS of text at a time, under a meter."""
+    step = max(1, HARVEST_TOKENS // config.context)
+    with progress(what, len(context_ids) * config.context) as meter:
+        for start in range(0, len(context_ids), step):
+            yield harvest(lm, token_file, context_ids[start : start + step], config, meter.advance)[0]
 
 
 def _gaps(found: dict[str, float | int | None], undefined: list[str]) -> dict[str, str]:

@@ -55,6 +55,7 @@ def probe_tasks(ae: Autoencoder, lm: LanguageModel, config: DataConfig, n_texts:
     tasks, left_out = _installed(TASKS)
     of_latents: dict[str, TaskProbe] = {}
     of_channels: dict[str, TaskProbe] = {}
+    sources: dict[str, str] = {}
     control = channels(ae.d_model, ae.W_dec.device)
     for group in _sources(tasks):
         texts = tasks[group[0]].texts
@@ -74,10 +75,11 @@ def probe_tasks(ae: Autoencoder, lm: LanguageModel, config: DataConfig, n_texts:
             except TopkapiError as error:
                 left_out[name] = str(error)
                 continue
-            of_latents[name], of_channels[name] = found, baseline
+            of_latents[name], of_channels[name], sources[name] = found, baseline, group[0]
     if not of_latents:
         raise TopkapiError(f"no labelled texts: {'; '.join(dict.fromkeys(left_out.values()))}.")
-    return TaskProbes(of_latents, probe_loss(of_latents, seed), probe_loss(of_channels, seed), left_out)
+    latents, baselines = (probe_loss(of, sources, seed) for of in (of_latents, of_channels))
+    return TaskProbes(of_latents, latents, baselines, left_out)
 
 
 def _installed(names: Iterable[str]) -> tuple[dict[str, Task], dict[str, str]]:

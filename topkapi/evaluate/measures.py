@@ -20,11 +20,11 @@ from torch import Tensor
 
 from topkapi.config import DataConfig, EvalConfig
 from topkapi.console import progress
-from topkapi.data.activations import harvest, kept_positions
+from topkapi.data.activations import kept_positions
 from topkapi.data.language_model import LanguageModel
 from topkapi.data.tokens import TokenFile
 from topkapi.errors import TopkapiError
-from topkapi.evaluate import HARVEST_TOKENS, spread_contexts
+from topkapi.evaluate import HARVEST_TOKENS, harvested, spread_contexts
 from topkapi.evaluate.ablation import N_POSITIONS, ablation_sparsity, in_float32
 from topkapi.evaluate.control import channels
 from topkapi.evaluate.downstream import downstream_losses
@@ -82,12 +82,8 @@ class Subject:
     @cached_property
     def halves(self) -> tuple[Half, Half]:
         """The harvested activations. Raises TopkapiError if one half of the contexts holds no token that is kept."""
-        context, ids, blocks = self.data.context, self.context_ids, []
-        with progress("activations", len(ids) * context) as meter:
-            step = max(1, HARVEST_TOKENS // context)
-            for start in range(0, len(ids), step):
-                group = ids[start : start + step]
-                blocks.append(harvest(self.lm, self.token_file, group, self.data, meter.advance)[0])
+        context, ids = self.data.context, self.context_ids
+        blocks = list(harvested("activations", self.lm, self.token_file, ids, self.data))
         if len(ids) < 2:
             raise TopkapiError(
                 f"{len(ids)} contexts of {context} held-out tokens do not make two halves: raise --tokens, or hold "

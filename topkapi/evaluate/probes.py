@@ -133,6 +133,8 @@ class TaskProbe:
     train_loss: float | None
     test_losses: Float64[Tensor, " n_test"] | None
     """Of each test example; None, as are latent and train_loss, where no latent fires on a training example."""
+    test_examples: Int64[Tensor, " n_test"]
+    """Their numbers among all examples, rising."""
     prior_loss: float
     """Mean loss on test examples of always answering the share of positive training examples."""
     n_train: int
@@ -164,6 +166,7 @@ def probe_task(
     positive = labels[~train].double()
     prior_losses = -(positive * prior.log() + (1 - positive) * (1 - prior).log())
     sizes = {"prior_loss": prior_losses.mean().item(), "n_train": int(train.sum()), "n_test": len(positive)}
+    sizes["test_examples"] = (~train).nonzero()[:, 0].cpu()
     if not losses.isfinite().any():
         return TaskProbe(latent=None, weight=0.0, bias=0.0, train_loss=None, test_losses=None, **sizes)
     best = int((losses == losses.min()).nonzero()[0])
@@ -304,26 +307,47 @@ class ProbeLoss:
     tasks: dict[str, Estimate]
 
 
-def probe_loss(probes: Mapping[str, TaskProbe], seed: int = 0) -> ProbeLoss:
+def probe_loss(probes: Mapping[str, TaskProbe], sources: Mapping[str, str] | None = None, seed: int = 0) -> ProbeLoss:
     """Probe loss over tasks, each counting alike, with the interval of drawing the test examples anew.
 
-    Tasks, training examples and the probes chosen by them stay as they are. A task without a probe leaves the mean
-    undefined: a mean over fewer tasks does not compare.
+    `sources` names the set of examples that a task is of, where several share one and number them alike: an example is
+    then drawn, or not, in all of them at once, and counted once. Without it each task has examples of its own. Tasks,
+    training examples and the probes chosen by them stay as they are. A task without a probe leaves the mean undefined:
+    a mean over fewer tasks does not compare.
 
     Raises:
         TopkapiError: no task.
     """
     if not probes:
         raise TopkapiError("Probe loss needs at least one task; got none.")
-    tasks, means, n = {}, [], 0
-    for number, (name, probe) in enumerate(probes.items()):
-        tasks[name] = Estimate(None, None, None, probe.n_test, "no latent fires on a training example")
+    tasks = {
+        name: Estimate(None, None, None, probe.n_test, "no latent fires on a training example")
+        for name, probe in probes.items()
+    }
+    sharing: dict[str, list[str]] = {}
+    for name, probe in probes.items():
         if probe.test_losses is not None:
-            sums = ResampledSums(2, seed=seed + number)
-            sums.add(torch.stack([torch.ones_like(probe.test_losses), probe.test_losses], 1))
-            means.append(sums.sums[:, 1] / sums.sums[:, 0])
-            tasks[name], n = sums.estimate(means[-1]), n + sums.n
+            sharing.setdefault((sources or {}).get(name, name), []).append(name)
+    means, n = [], 0
+    for number, names in enumerate(sharing.values()):
+        sums = _resampled([probes[name] for name in names], seed + number)
+        for name, (count, total) in zip(names, sums.sums.T.unflatten(0, (-1, 2)), strict=True):
+            means.append(total / count)
+            tasks[name] = estimate(means[-1].numpy(), probes[name].n_test)
+        n += sums.n
     if silent := [name for name, found in tasks.items() if found.value is None]:
         why = f"no latent fires on a training example of {', '.join(silent)}"
         return ProbeLoss(Estimate(None, None, None, n, why), tasks)
     return ProbeLoss(estimate(torch.stack(means).mean(0).numpy(), n), tasks)
+
+
+def _resampled(probes: list[TaskProbe], seed: int) -> ResampledSums:
+    """Test examples of each task and the sum of their losses, a pair of columns a task, of examples drawn anew."""
+    examples = torch.cat([probe.test_examples for probe in probes]).unique()
+    columns = torch.zeros(len(examples), 2 * len(probes), dtype=torch.float64)
+    for i, probe in enumerate(probes):
+        rows = torch.searchsorted(examples, probe.test_examples)
+        columns[rows, 2 * i], columns[rows, 2 * i + 1] = 1, probe.test_losses
+    sums = ResampledSums(columns.shape[1], seed=seed)
+    sums.add(columns)
+    return sums

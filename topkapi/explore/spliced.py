@@ -30,7 +30,7 @@ from topkapi.errors import TopkapiError
 from topkapi.explore.edits import Edit, changes
 from topkapi.explore.prompts import encode
 from topkapi.model import Autoencoder
-from topkapi.train import device_type, load_run
+from topkapi.train import device_type, load_run, warn_if_changed
 
 
 @dataclass(frozen=True)
@@ -245,5 +245,6 @@ def open_run(run: Path | str) -> Spliced:
     """
     ae, config = load_run(Path(run))
     lm = LanguageModel.load(config.language_model, torch.device(device_type(config)))
+    warn_if_changed(Path(run), ae, lm)
     lm.model.float()
     return Spliced(lm, ae.to(lm.device))

@@ -158,7 +158,7 @@ def _refined(runs: list[Run]) -> Figure:
         rows += [{"run": r.name, "family": family, "l0": x, **f} for r, x, f in zip(mine, l0, found, strict=True)]
     ratio.legend(loc="best")
     parts = []
-    for family, mine in _by_family(rows).items():
+    for family, mine in grouped(rows, lambda row: row["family"]).items():
         ratios = [row["total_ratio"][0] for row in mine]
         gains = [1 - row["normalized_mse_refined"][0] / row["normalized_mse"][0] for row in mine]
         parts.append(
@@ -181,11 +181,6 @@ def _refined(runs: list[Run]) -> Figure:
         claims=(_shrinkage_claim(rows),),
         numbers={"runs": rows},
     )
-
-
-def _by_family(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    found = {family: [row for row in rows if row["family"] == family] for family in FAMILIES}
-    return {family: mine for family, mine in found.items() if mine}
 
 
 def _shrinkage_claim(rows: list[dict[str, Any]]) -> Claim:

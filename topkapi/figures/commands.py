@@ -11,29 +11,32 @@ from pathlib import Path
 from typing import Any
 
 from topkapi.config import TrainConfig, from_dict
+from topkapi.evaluate.measures import MEASURES
 from topkapi.figures.sources import Run
-from topkapi.files import read_json
 from topkapi.published import read_config
 from topkapi.recipes import RECIPES
-from topkapi.sweep import SETTINGS
+from topkapi.sweep import SETTINGS, read_settings
 from topkapi.sweep.grid import shared
 
 AXES = ("seeds", "k", "l1_coefficient", "n_latents", "decoder_norm", "lr", "sparsity")
 
 
 def commands(folders: Sequence[Path], runs: Sequence[Run]) -> list[str]:
-    """A line for each run and each grid of the given folders, and for each study."""
+    """A line for each run and each grid of the given folders, and for each study and further evaluation of a run."""
     lines = []
     for folder in folders:
         if (folder / SETTINGS).exists():
-            saved = read_json(folder / SETTINGS, "Sweep", "Restore it from a copy.")
+            saved = read_settings(folder)
             lines += _sweep(folder, from_dict(TrainConfig, saved["shared"]), list(saved["variants"].values()))
         else:
             lines.append(_train(folder, from_dict(TrainConfig, read_config(folder)["training"])))
     for run in runs:
         if run.study is not None:
-            tokens = len(run.study.arrays["tokens"])
-            lines.append(shlex.join(["topkapi", "study", str(run.folder), "--tokens", str(tokens)]))
+            tokens, split = len(run.study.arrays["tokens"]), run.study.identity["split"]
+            flags = ["--tokens", str(tokens), *(["--split", split] if split != "held_out" else [])]
+            lines.append(shlex.join(["topkapi", "study", str(run.folder), *flags]))
+        if metrics := [name for name in MEASURES if run.evaluation.get(name) is not None]:
+            lines.append(shlex.join(["topkapi", "eval", str(run.folder), "--metrics", *metrics]))
     return lines
 
 

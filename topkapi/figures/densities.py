@@ -1,7 +1,7 @@
 """How often and how strongly latents fire: distributions (the paper's Figure 19) and dense solutions (Figure 20)."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
@@ -38,12 +38,13 @@ def figures(runs: Sequence[Run]) -> Iterator[Figure | LeftOut]:
     if not counted_runs:
         yield LeftOut("densities and dense solutions", f"no run has counts of firings on held-out text: {SUPPLY}")
         return
-    described = {run.name: _describe(run) for run in counted_runs}
+    described = {run.name: _describe(run.firings) for run in counted_runs}
     for run in _for_detail(counted_runs):
-        if isinstance(described[run.name]["density"], str):
-            yield LeftOut(f"densities of {run.name}", described[run.name]["density"])
+        found = _describe(run.most_firings)
+        if isinstance(found["density"], str):
+            yield LeftOut(f"densities of {run.name}", found["density"])
         else:
-            yield _detail(run, described[run.name])
+            yield _detail(run, found)
     topk = [run for run in counted_runs if run.family == "topk"]
     topk = of_one_stream(topk)
     groups = [
@@ -58,9 +59,8 @@ def figures(runs: Sequence[Run]) -> Iterator[Figure | LeftOut]:
     yield _dense(topk)
 
 
-def _describe(run: Run) -> dict[str, Any]:
+def _describe(firings: Firings) -> dict[str, Any]:
     """Fits and counts of one run; in place of a comparison the reason why there is none."""
-    firings = run.firings
 
     def fitted(values: np.ndarray) -> Comparison | str:
         try:
@@ -87,7 +87,7 @@ def _for_detail(runs: Sequence[Run]) -> list[Run]:
 
 
 def _detail(run: Run, found: dict[str, Any]) -> Figure:
-    firings, counts = run.firings, found["counts"]
+    firings, counts = run.most_firings, found["counts"]
     canvas = Canvas(3)
     density = canvas.panel("Density", "log10 fraction of tokens", "latents a decade")
     _histogram(density, *_histogram_of(firings, "density"), found["density"])
@@ -107,7 +107,7 @@ def _detail(run: Run, found: dict[str, Any]) -> Figure:
         name=f"densities-{run.name.replace('/', '-')}",
         title=f"Densities and importances, {run.name}",
         source="Figure 19",
-        caption=f"{run.n_latents:,} latents of {run.name} on {firings.n_tokens:,} held-out tokens. "
+        caption=f"{run.n_latents:,} latents of {run.name} on {_text_of([firings])}. "
         "Density: fraction of "
         "tokens on which a latent fires. Importance: mean squared activation over all tokens, with activations of unit "
         "norm. Curves: maximum likelihood fits to the latents that fired, "
@@ -122,6 +122,13 @@ def _detail(run: Run, found: dict[str, Any]) -> Figure:
         claims=_shape_claims([found]),
         numbers=_numbers(run, found),
     )
+
+
+def _text_of(firings: Iterable[Firings]) -> str:
+    """How many tokens, and of which text."""
+    given = list(firings)
+    tokens, texts = sorted({one.n_tokens for one in given}), sorted({one.text for one in given})
+    return f"{' to '.join(f'{n:,}' for n in tokens[:: max(1, len(tokens) - 1)])} {' and '.join(texts)} tokens"
 
 
 def _histogram_of(firings: Firings, what: str) -> tuple[np.ndarray, np.ndarray]:
@@ -230,13 +237,12 @@ def _by_size(groups: list[list[Run]], described: dict[str, dict[str, Any]]) -> F
     canvas.legend()
     steps = falls["density"] + falls["importance"]
     found = [described[run.name] for group in groups for run in group]
-    tokens = sorted({one["n_tokens"] for one in found})
     return Figure(
         name="densities",
         title="Densities and importances against n_latents",
         source="Figure 19",
         caption="Distributions over the latents that fired, TopK, one seed, "
-        f"{' to '.join(f'{t:,}' for t in tokens[:: max(1, len(tokens) - 1)])} held-out tokens: density (top) and "
+        f"{_text_of(run.firings for group in groups for run in group)}: density (top) and "
         "importance E[a²] (bottom), a column for each k, outlines of histograms of unit area.",
         statement=f"n_latents {listed(sizes)}. {'; '.join(lines)}.",
         canvas=canvas,
@@ -313,7 +319,7 @@ def _draw_dense(rows: list[dict[str, Any]], too_small: list[str]) -> Figure:
         "that are theirs: d_model times as much. Dotted: lowest possible, where all latents fire "
         "equally often; dashed: "
         f"highest, where d_model latents do all the firing. {counted(len(rows), 'TopK run')}, "
-        f"{rows[0]['run'].firings.n_tokens:,} held-out tokens; bars, mostly smaller than the points, are of firings "
+        f"{_text_of(row['run'].firings for row in rows)}; bars, mostly smaller than the points, are of firings "
         f"taken as independent.{left_out}",
         statement=f"Dense mass: {listed(shares, 12)}.",
         canvas=canvas,
@@ -327,19 +333,20 @@ def _draw_dense(rows: list[dict[str, Any]], too_small: list[str]) -> Figure:
 
 
 def _dense_claim(rows: list[dict[str, Any]], largest: float) -> Claim:
-    """Compared at each n_latents: the mass above its lowest possible value, of the largest and the smallest k."""
+    """At each n_latents that has k on both sides of the onset: the mass from the onset on against that before it."""
     rises = []
     for group in grouped((row["run"] for row in rows), lambda run: run.n_latents).values():
         mine = sorted((row for row in rows if row["run"] in group), key=lambda row: row["run"].k)
-        if mine[0]["run"].k < mine[-1]["run"].k:
-            rises.append(mine[-1]["mass"] > 1.1 * mine[0]["mass"])
+        before = [row["mass"] for row in mine if row["run"].k < ONSET * row["run"].d_model]
+        after = [row["mass"] for row in mine if row["run"].k >= ONSET * row["run"].d_model]
+        if before and after:
+            rises.append(max(after) > 1.1 * before[-1])
     verdict: Verdict = "undecided"
-    if largest >= ONSET and rises:
-        verdict = "agrees" if all(rises) else "disagrees"
+    if rises and len(set(rises)) == 1:
+        verdict = "agrees" if rises[0] else "disagrees"
     return Claim(
         "Solutions become dense from k of about a third of d_model on (256 of 768), strongly at two thirds.",
         verdict,
-        f"the largest k measured is {largest:.2f} d_model; the mass at the largest k is more than 1.1 "
-        "times that at the "
-        f"smallest at {sum(rises)} of {len(rises)} sizes",
+        f"the largest k measured is {largest:.2f} d_model; from a third on the mass is more than 1.1 times that at the "
+        f"largest k below it at {sum(rises)} of {len(rises)} sizes",
     )

@@ -198,21 +198,13 @@ def _compared(ratios: list[dict[str, Any]], what: str) -> str:
     if not ratios:
         return f"No baseline has an L0 within TopK's, so there is no {what} to compare at equal L0."
     parts = []
-    for family, mine in grouped_dicts(ratios, "family").items():
+    for family, mine in grouped(ratios, lambda one: one["family"]).items():
         values = sorted(one["ratio"] for one in mine)
         spans = f"{values[0]:.2f}" if len(values) == 1 else f"{values[0]:.2f} to {values[-1]:.2f}"
         l0s = sorted(one["l0"] for one in mine)
         at = f"L0 {l0s[0]:.0f}" if len(l0s) == 1 else f"L0 {l0s[0]:.0f} to {l0s[-1]:.0f}"
         parts.append(f"{FAMILIES[family]} has {spans} times TopK's {what} ({counted(len(mine), 'run')}, {at})")
     return f"At equal L0, {' and '.join(parts)}."
-
-
-def grouped_dicts(rows: list[dict[str, Any]], name: str) -> dict[Any, list[dict[str, Any]]]:
-    """Rows by the value of a column."""
-    found: dict[Any, list[dict[str, Any]]] = {}
-    for row in rows:
-        found.setdefault(row[name], []).append(row)
-    return found
 
 
 def _seed_spread(runs: list[Run], quantity: Quantity) -> dict[str, Any] | None:

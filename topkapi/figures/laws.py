@@ -9,6 +9,7 @@ from scipy import stats
 
 from topkapi.errors import TopkapiError
 from topkapi.figures.canvas import FAINT, Canvas, Panel, colours
+from topkapi.figures.densities import ONSET
 from topkapi.figures.figure import Claim, Figure, LeftOut, Verdict, counted, said
 from topkapi.figures.sources import Run, at_best_rate, grouped, held_out, of_one_stream
 from topkapi.statistics.intervals import CONFIDENCE, percentile_interval
@@ -35,7 +36,9 @@ def _laws(runs: list[Run]) -> Figure:
     cells = grouped(runs, lambda run: (run.n_latents, run.k))
     n, k = np.array(list(cells), float).T
     loss = np.array([np.exp(np.mean(np.log([_mse(run) for run in seeds]))) for seeds in cells.values()])
-    joint = {name: _fitted(fit_joint_law, n, k, loss, irreducible=term) for name, term in FITS.items()}
+    sparse = k < ONSET * (runs[0].d_model or np.inf)
+    used = (n[sparse], k[sparse], loss[sparse])
+    joint = {name: _fitted(fit_joint_law, *used, irreducible=term) for name, term in FITS.items()}
     single = {
         int(one): {name: _fitted(fit_power_law, n[k == one], loss[k == one], irreducible=t) for name, t in FITS.items()}
         for one in np.unique(k)
@@ -43,7 +46,7 @@ def _laws(runs: list[Run]) -> Figure:
     canvas = Canvas(2, width=3.9, height=3.3)
     fits = [name for name, fit in joint.items() if not isinstance(fit, str)]
     title = "Error and fitted L(N, K)" if fits else "Error and fitted L(N)"
-    drawn = {one: joint if fits else both for one, both in single.items()}
+    drawn = {one: joint if fits else both for one, both in single.items() if one in k[sparse]}
     _draw_losses(canvas.panel(title, "n_latents", "normalized MSE", "xy"), runs, drawn)
     _draw_exponents(canvas.panel("Exponent of n_latents", "k", "d ln(reducible L) / d ln n", "x"), k, joint, single)
     said_fits = [f"{name.capitalize()} the irreducible term: {_law_text(fit)}" for name, fit in joint.items()]
@@ -60,7 +63,8 @@ def _laws(runs: list[Run]) -> Figure:
         caption=f"Normalized MSE on {held_out(runs)} held-out tokens of "
         f"{counted(len(runs), 'TopK run')}"
         f", each trained on {runs[0].tokens:,} tokens, whether or not it had converged by then. A point is a run; fits "
-        "take the geometric mean of seeds, so that each n_latents and k counts once. Solid: "
+        "take the geometric mean of seeds, so that each n_latents and k counts once, and leave out k from a third of "
+        "d_model on, where solutions may be dense and the trend bends (appendix E.5). Solid: "
         f"{'L(N, K)' if fits else 'L(N) at each k,'} with an irreducible term; dashed: without; "
         "bands: 95 % by bootstrap of residuals. Dotted: the paper's "
         "L(N, K) of GPT-4 activations, moved to these points' mean at each k: other data, for its "
@@ -103,11 +107,12 @@ def _draw_losses(panel: Panel, runs: list[Run], fits: dict[int, dict[str, LawFit
     span = np.geomspace(min(sizes), max(sizes), 60)
     for (k, mine), colour in zip(by_k.items(), colours(len(by_k)), strict=True):
         n, loss = [run.n_latents for run in mine], [_mse(run) for run in mine]
-        panel.points(f"k = {k}", n, loss, colour=colour, label=f"k = {k}" if isinstance(fits[k]["with"], str) else "")
-        for (name, fit), dash in zip(fits[k].items(), ("-", "--"), strict=True):
+        own = fits.get(k, dict.fromkeys(FITS, ""))
+        panel.points(f"k = {k}", n, loss, colour=colour, label=f"k = {k}" if isinstance(own["with"], str) else "")
+        for (name, fit), dash in zip(own.items(), ("-", "--"), strict=True):
             if isinstance(fit, str):
                 continue
-            band = _band(fit, span, k) if name == _preferred(fits[k]) else (None, None)
+            band = _band(fit, span, k) if name == _preferred(own) else (None, None)
             label, series = f"k = {k}" if name == "with" else "", f"law {name} irreducible term, k = {k}"
             panel.line(series, span, _loss(fit.law, span, k), *band, colour=colour, dash=dash, label=label)
         gpt4 = GPT4.loss(np.array(n), np.full(len(n), k))

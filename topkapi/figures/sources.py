@@ -15,12 +15,11 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from topkapi.errors import TopkapiError
-from topkapi.files import read_json
 from topkapi.published import CONFIG, WEIGHTS, read_config
-from topkapi.results import HELD_OUT, read_counts, read_evaluation, read_metrics
+from topkapi.results import read_counts, read_evaluation, read_metrics
 from topkapi.study.layout import PROGRESS, STUDY
 from topkapi.study.reader import Study, open_study
-from topkapi.sweep import SETTINGS, Point, read
+from topkapi.sweep import SETTINGS, Point, read, read_settings
 
 # Settings that change nothing in what is learnt.
 BESIDES = (
@@ -40,13 +39,13 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Firings:
-    """How often each latent fired on held-out text, and how strongly."""
+    """How often each latent fired on a text, and how strongly."""
 
     n_fired: Int64[np.ndarray, " n_latents"]
     sum_squares: Float64[np.ndarray, " n_latents"]
     n_tokens: int
-    source: str
-    """The file or folder that says so."""
+    text: str
+    """Which it was: held-out, or training."""
 
     @property
     def density(self) -> Float64[np.ndarray, " n_latents"]:
@@ -135,15 +134,27 @@ class Run:
 
     @cached_property
     def firings(self) -> Firings | None:
-        """From RUN/study, else RUN/held_out.npz. None where there are neither, or no token was counted."""
-        if self.study is not None:
-            arrays, n_tokens = self.study.arrays, self.study.n_tokens
-            found = Firings(np.array(arrays["n_fired"]), np.array(arrays["sum_squares"]), n_tokens, "study")
-        elif (counts := read_counts(self.folder, self.n_latents)) is not None:
-            found = Firings(*counts, HELD_OUT)
-        else:
+        """From RUN/held_out.npz, which all points of a sweep have of the same text, else from RUN/study.
+
+        None where there are neither, or no token was counted.
+        """
+        counts = read_counts(self.folder, self.n_latents)
+        if counts is None or not counts.n_tokens:
+            return self._studied_firings
+        return Firings(*counts, "held-out")
+
+    @property
+    def most_firings(self) -> Firings | None:
+        """From whichever of the two has seen more tokens."""
+        found = [one for one in (self.firings, self._studied_firings) if one is not None]
+        return max(found, key=lambda one: one.n_tokens, default=None)
+
+    @cached_property
+    def _studied_firings(self) -> Firings | None:
+        if self.study is None or not self.study.n_tokens:
             return None
-        return found if found.n_tokens else None
+        arrays, text = self.study.arrays, {"train": "training"}.get(self.study.identity["split"], "held-out")
+        return Firings(np.array(arrays["n_fired"]), np.array(arrays["sum_squares"]), self.study.n_tokens, text)
 
     @property
     def has_weights(self) -> bool:
@@ -185,7 +196,7 @@ def _read_folder(folder: Path) -> list[Run]:
 
 def _read_sweep(folder: Path) -> list[Run]:
     points = {point.name: point for point in read(folder)}
-    settings = read_json(folder / SETTINGS, "Sweep", "Restore it from a copy, or sweep in another --out.")
+    settings = read_settings(folder)
     runs = []
     for name in [*points, *(name for name in settings["variants"] if name not in points)]:
         point = points.get(name)
@@ -251,14 +262,14 @@ def stream(run: Run) -> tuple:
     )  # fmt: skip
 
 
-Key = TypeVar("Key")
+Item, Key = TypeVar("Item"), TypeVar("Key")
 
 
-def grouped(runs: Iterable[Run], key: Callable[[Run], Key]) -> dict[Key, list[Run]]:
-    """Runs by key, keys in the order of their first run."""
-    found: dict[Key, list[Run]] = defaultdict(list)
-    for run in runs:
-        found[key(run)].append(run)
+def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    """Runs, or rows of numbers, by key; keys in the order of their first one."""
+    found: dict[Key, list[Item]] = defaultdict(list)
+    for item in items:
+        found[key(item)].append(item)
     return dict(found)
 
 

@@ -32,6 +32,7 @@ DTYPES = {
     "maxima": "<f4",
 }
 """Of every array but `tokens`, which has the dtype of the token file."""
+NAMES = (*DTYPES, "tokens", *CANDIDATES)  # of arrays that a study has, finished or not
 
 
 def path_of(folder: Path, name: str) -> Path:

@@ -124,7 +124,7 @@ class Study:
 
     def require_run(self) -> None:
         """Raise TopkapiError if the run holds another autoencoder than the one studied, or none."""
-        if published.read_config(self.run).get("files", {}).get(published.WEIGHTS) != self.identity["autoencoder"]:
+        if published.checksum_of(self.run) != self.identity["autoencoder"]:
             raise TopkapiError(
                 f"{WHAT} {self.folder} is of another autoencoder than the one in {self.run}: "
                 "run topkapi study on that one, or give the run that was studied."

@@ -39,7 +39,7 @@ from topkapi.data.tokens import TokenFile
 from topkapi.errors import TopkapiError
 from topkapi.evaluate import spread_contexts
 from topkapi.evaluate.reconstruction import CHUNK_ELEMENTS
-from topkapi.files import lock, read_json, remove_leftovers, sync, write_atomic, write_json
+from topkapi.files import lock, read_json, remove_leftovers, sync, write_arrays, write_atomic, write_json
 from topkapi.model import Autoencoder
 from topkapi.parallel import ALONE, Arrays, Mesh
 from topkapi.study.invert import candidates, invert, offsets_of, thin, write_array
@@ -48,6 +48,7 @@ from topkapi.study.layout import (
     CANDIDATES,
     DTYPES,
     FORMAT,
+    NAMES,
     PROGRESS,
     STUDY,
     WHAT,
@@ -180,8 +181,8 @@ def write_study(
     each active latent of each token.
 
     Raises:
-        TopkapiError: fewer tokens than asked for; none is kept; the folder holds a study of something else; damage;
-            processes that read other text or another language model.
+        TopkapiError: fewer tokens than asked for; none is kept; the folder holds a study of something else, or files
+            of others with names of a study's; damage; processes that read other text or another language model.
     """
     context_ids = _contexts(token_file, data, config)
     identity = _identity(run, ae, lm, token_file, data, config, len(context_ids))
@@ -245,7 +246,7 @@ def _identity(
     """All that a study's numbers depend on."""
     used = ("context", "drop_first_position", "drop_special_tokens", "max_norm_ratio")
     return {
-        "autoencoder": published.read_config(run)["files"][published.WEIGHTS],
+        "autoencoder": published.checksum_of(run),
         "n_latents": ae.n_latents,
         "language_model": lm.fingerprint,
         "site": lm.site,
@@ -280,6 +281,9 @@ class _Writer:
         if (self.folder / PROGRESS).exists():
             self._load()
         else:
+            self._require_free()
+            self._write_progress("", "")  # before any other file: those that are found beside it are of this study
+        if not self.n_contexts:
             write_array(path_of(self.folder, "row_offsets"), np.zeros(1, "<i8"))
         for name, length in self.lengths.items():
             self.files[name] = stack.enter_context(continued(path_of(self.folder, name), length))
@@ -341,18 +345,31 @@ class _Writer:
         state = f"state-{self.n_contexts}.npz"
         kept = vars(self.moments) | {"n_entries": self.n_entries}
         if self.inverted == 0 or not (self.folder / state).exists():
-            write_atomic(self.folder / state, lambda path: _save_arrays(path, kept))
-        digest = hashlib.sha256((self.folder / state).read_bytes()).hexdigest()
-        facts = {name: getattr(self, name) for name in ("n_contexts", "n_rows", "n_written", "inverted")}
-        write_json(self.folder / PROGRESS, {"identity": self.identity, "state": state, "sha256": digest, **facts})
+            write_arrays(self.folder / state, kept)
+        self._write_progress(state, hashlib.sha256((self.folder / state).read_bytes()).hexdigest())
         for path in self.folder.glob("state-*.npz"):
             if path.name != state:
                 path.unlink()
         self.saved = time.monotonic()
 
+    def _write_progress(self, state: str, checksum: str) -> None:
+        facts = {name: getattr(self, name) for name in ("n_contexts", "n_rows", "n_written", "inverted")}
+        write_json(self.folder / PROGRESS, {"identity": self.identity, "state": state, "sha256": checksum, **facts})
+
+    def _require_free(self) -> None:
+        """Refuse a folder in which somebody else's file has the name of a study's."""
+        for path in [*self.folder.glob("state-*.npz"), *(path_of(self.folder, name) for name in NAMES)]:
+            if path.exists():
+                raise TopkapiError(
+                    f"{path} is not of a study that goes on here, and would be written over. Delete it, or name "
+                    "another folder with --out."
+                )
+
     def _load(self) -> None:
         facts = read_json(self.folder / PROGRESS, WHAT, f"Delete {self.folder} and run again.")
         require_same(self.folder, self.identity, facts["identity"])
+        if not facts["n_contexts"]:
+            return
         path = self.folder / facts["state"]
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != facts["sha256"]:
             raise damaged(path, "damaged or missing")
@@ -362,11 +379,6 @@ class _Writer:
         for name in ("n_contexts", "n_rows", "n_written", "inverted"):
             setattr(self, name, facts[name])
         say(f"{self.folder}: going on after {self.n_rows:,} tokens.")
-
-
-def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    with path.open("wb") as file:  # given a path, numpy would add a suffix
-        np.savez(file, **arrays)
 
 
 def _encode(

@@ -10,9 +10,10 @@ Called by `topkapi sweep`; docs/sweep.md says what lands where.
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from topkapi.errors import TopkapiError
+from topkapi.files import read_json
 
 POINTS, SETTINGS = "sweep.jsonl", "sweep.json"
 
@@ -77,6 +78,11 @@ def read(folder: Path | str) -> list[Point]:
             )
         found.append(Point(**values))
     return ordered(found)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """sweep.json: shared settings, identity of language model and text, variants. Raises TopkapiError if damaged."""
+    return read_json(folder / SETTINGS, "Sweep", "Restore it from a copy, or sweep in another --out.")
 
 
 def ordered(points: list[Point]) -> list[Point]:

@@ -26,14 +26,14 @@ from topkapi.config import TrainConfig, differences, from_dict, to_dict
 from topkapi.console import say
 from topkapi.errors import TopkapiError
 from topkapi.evaluate import evaluate_all
-from topkapi.files import lock, read_json, remove_leftovers, write_json, write_text_atomic
+from topkapi.files import lock, remove_leftovers, write_json, write_text_atomic
 from topkapi.metrics import require
 from topkapi.model import Autoencoder
 from topkapi.published import CONFIG, WEIGHTS
 from topkapi.scaling.memory import total, weights_and_state
 from topkapi.scaling.quantities import bytes_text, count_text
 from topkapi.scaling.shapes import Job
-from topkapi.sweep import POINTS, SETTINGS, Point, ordered, read
+from topkapi.sweep import POINTS, SETTINGS, Point, ordered, read, read_settings
 from topkapi.sweep.grid import Grid, Variant, shared
 from topkapi.train import (
     NOT_FINITE,
@@ -47,6 +47,7 @@ from topkapi.train import (
     train,
 )
 
+MUCH_WRITTEN = 10e9  # bytes of checkpoints: some fifteen seconds of waiting, see docs/sweep.md
 SHARE_OF_MEMORY = 0.5  # for weights and state; the rest is for a step, blocks of activations and the language model
 
 
@@ -151,7 +152,7 @@ def _require_ours(folder: Path, base: TrainConfig) -> None:
         if folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
             raise TopkapiError(f"{folder} holds something else than a sweep. Name another folder with --out.")
         return
-    theirs = from_dict(TrainConfig, _settings(folder)["shared"])
+    theirs = from_dict(TrainConfig, read_settings(folder)["shared"])
     if lines := differences(shared(base), theirs):
         raise TopkapiError(
             f"{folder} holds another sweep ({'; '.join(lines)}; given against saved). Give the same settings to go on "
@@ -159,16 +160,12 @@ def _require_ours(folder: Path, base: TrainConfig) -> None:
         )
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    return read_json(folder / SETTINGS, "Sweep", "Restore it from a copy, or sweep in another --out.")
-
-
 def _write_settings(folder: Path, base: TrainConfig, variants: dict[str, Variant], source: Source) -> None:
     """Add these variants to sweep.json. Raises TopkapiError where language model or data have changed since."""
     identity = {**source.blocks.identity, "held_out": source.splits.held_out.fingerprint}
     before: dict[str, Any] = {"variants": {}}
     if (folder / SETTINGS).exists():
-        before = _settings(folder)
+        before = read_settings(folder)
         if changed := [name for name, value in identity.items() if before["identity"].get(name) != value]:
             raise TopkapiError(
                 f"{folder} was swept with other activations: {', '.join(changed)} changed since. Restore the language "
@@ -200,11 +197,24 @@ def _train_and_measure(
     left = [name for name in configs if name not in finished]
     groups = divide(left, lambda name: checkpoint.steps(folder / name), fits)
     for number, group in enumerate(groups, 1):
-        size, limit = bytes_text(sum(sizes[name] for name in group)), bytes_text(bound)
-        said = f"{size} of weights and state" + (f", at most {limit}" if together == "auto" else "")
-        say(f"group {number} of {len(groups)}: {', '.join(group)} ({said})")
+        size = sum(sizes[name] for name in group)
+        limit = f", at most {bytes_text(bound)}" if together == "auto" else ""
+        say(f"group {number} of {len(groups)}: {', '.join(group)} ({bytes_text(size)} of weights and state{limit})")
+        if advice := _of_checkpoints(configs[group[0]], size):
+            say(advice)
         _train(folder, {name: configs[name] for name in group}, source)
         _measure(folder, [name for name in group if not _is_left_behind(folder / name)], source)
+
+
+def _of_checkpoints(config: TrainConfig, size: int) -> str:
+    """What the checkpoints of a group of this size in bytes cost, and what would help; "" where they cost little."""
+    n = -(-config.n_steps // config.save_every)
+    if config.async_checkpoints or n < 2 or n * size < MUCH_WRITTEN:
+        return ""
+    return (
+        f"training waits while its {n} checkpoints are written, {bytes_text(n * size)} in all; a --save-every above "
+        f"{config.save_every} makes fewer."
+    )
 
 
 def _train(folder: Path, configs: dict[str, TrainConfig], source: Source) -> None:
