@@ -97,6 +97,8 @@ def test_a_gpu_reports_ceilings_memory_and_kernels(tmp_path):
         (["tiny", "--variants", "dead"], "write FIELD=VALUE"),
         (["tiny", "--variants", "dead=2"], "share in [0, 1)"),
         (["tiny", "--k", "0"], "--k must be at least 1"),
+        (["tiny", "--rounds", "0"], "--rounds must be at least 1 and --seconds more than 0; got 0 and 2."),
+        (["tiny", "--seconds", "nan"], "got 20 and nan."),
         (["tiny", "--variants", "precision=fp8"], "precision fp8"),
         (["tiny", "--dense", "9"], "--dense must be between"),
     ],

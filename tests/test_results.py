@@ -75,6 +75,9 @@ def test_a_sound_evaluation_is_read_as_it_is(tmp_path):
         ({"intervals": {"kl": [0.1]}}, "intervals are not pairs"),
         ({"intervals": {"kl": ["a", "b"]}}, "intervals are not pairs"),
         ({"intervals": []}, "intervals is neither"),
+        ({"intervals": 3}, "intervals is no object"),
+        ({"progressive": 3}, "progressive is no object"),
+        ({"refinement": {"total_ratio": 3}}, "refinement holds something else"),
         ({"refinement": {"mean_ratio": {"value": "1"}}}, "an estimate in refinement is no number"),
         ({"progressive": SOUND["progressive"] | {"k": [1]}}, "progressive has no columns"),
         ({"threshold": SOUND["progressive"] | {"low": 3}}, "threshold has no columns"),
@@ -93,5 +96,11 @@ def test_counts_are_those_of_the_autoencoder(tmp_path):
     np.savez(tmp_path / "held_out.npz", n_fired=np.arange(3), sum_squares=np.ones(3), n_tokens=np.int64(7))
     found = read_counts(tmp_path, 3)
     assert (found.n_fired.tolist(), found.sum_squares.tolist(), found.n_tokens) == ([0, 1, 2], [1, 1, 1], 7)
+    for change in ({"n_fired": [0, -1, 2]}, {"n_fired": [0, 1, 8]}, {"sum_squares": [1, np.nan, 1]}, {"n_tokens": -7}):
+        np.savez(tmp_path / "other.npz", **(found._asdict() | change))
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other.npz").rename(tmp_path / "other" / "held_out.npz")
+        with pytest.raises(TopkapiError, match=r"other/held_out\.npz is damaged: .* Delete it"):
+            read_counts(tmp_path / "other", 3)
     with pytest.raises(TopkapiError, match=r"held_out\.npz is of another autoencoder: this run has 4 latents"):
         read_counts(tmp_path, 4)

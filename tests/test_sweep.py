@@ -305,6 +305,15 @@ def test_the_reader_names_what_is_wrong(swept, tmp_path):
     (tmp_path / POINTS).write_text(f"{lines[0]}\n{lines[1][:-9]}\n")
     with pytest.raises(TopkapiError, match="line 2: damaged"):
         read(tmp_path)
+    for name, wrong in (("k", "2"), ("n_latents", None), ("l0", True), ("sparsity", "l7"), ("name", 3), ("kl", [1.0])):
+        (tmp_path / POINTS).write_text(json.dumps(json.loads(lines[0]) | {name: wrong}))
+        with pytest.raises(TopkapiError, match="line 1: damaged"):
+            read(tmp_path)
+    (tmp_path / POINTS).write_text(json.dumps(json.loads(lines[0]) | {"k": None, "kl": None}))
+    assert (read(tmp_path)[0].k, read(tmp_path)[0].kl) == (None, None)
+    (tmp_path / POINTS).write_bytes(b"\xff\n")
+    with pytest.raises(TopkapiError, match="line 1: damaged"):
+        read(tmp_path)
 
 
 def test_flops_of_topk_and_baselines(tiny_config):

@@ -19,6 +19,7 @@ from tests.command_line import contents, one_line, train_arguments
 from tests.data.tiny import make_language_model
 from topkapi import checkpoint, files
 from topkapi.cli import main
+from topkapi.model import Autoencoder
 from topkapi.optim import learning_rate
 from topkapi.train import open_source, train
 
@@ -101,6 +102,7 @@ def test_wrong_options(refused, tiny_config, tmp_path, options, expected):
         (["trian", "demo"], ["no command 'trian'", "demo, train, sweep, eval"]),
         (["demo", "extra"], ["Unrecognized options: extra"]),
         (["eval", "no/such/run"], ["no run no/such/run", "topkapi eval"]),
+        (["eval", "--all", "runs/demo"], ["topkapi eval needs a run first", "got '--all'"]),
     ],
 )
 def test_wrong_commands(refused, arguments, expected):
@@ -184,6 +186,13 @@ def test_a_folder_that_is_no_run(refused, finished, tiny_language_model, tmp_pat
     shutil.copytree(finished, tmp_path / "sweep" / "point")
     for command in ("eval", "view"):
         refused([command, str(tmp_path / "sweep")], "no run in the folder", f"such as {tmp_path / 'sweep' / 'point'}")
+
+
+def test_an_autoencoder_that_was_not_trained_here_is_no_run(refused, tmp_path):
+    Autoencoder(d_model=4, n_latents=8, k=2).save_pretrained(tmp_path)
+    for command in (["eval"], ["study", "--tokens", "16"], ["train", "--resume"]):
+        refused([command[0], str(tmp_path), *command[1:]], f"{tmp_path} was not trained by Topkapi")
+    refused(["figures", str(tmp_path)], f"{tmp_path} holds an autoencoder, but not the settings of its training")
 
 
 def test_missing_packages(refused, tiny_config, tmp_path, monkeypatch):

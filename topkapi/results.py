@@ -20,8 +20,10 @@ from jaxtyping import Float64, Int64
 from topkapi.errors import TopkapiError
 
 METRICS, EVALUATION, HELD_OUT = "metrics.jsonl", "eval.json", "held_out.npz"
-CURVES = ("progressive", "threshold")  # sections of eval.json that are columns of equal length
+OBJECTS = ("intervals", "gaps", "settings")  # of eval.json, besides its sections
+CURVES = ("progressive", "threshold")  # sections that are columns of equal length
 COLUMNS = ("k", "l0", "normalized_mse", "low", "high")
+ESTIMATES = ("normalized_mse", "normalized_mse_refined", "mean_ratio", "total_ratio")  # of the section refinement
 
 
 class Counts(NamedTuple):
@@ -43,7 +45,7 @@ def read_metrics(run: Path, skip_damaged: bool = False) -> list[dict[str, float 
     path, found = run / METRICS, []
     texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     for number, text in enumerate(texts, 1):
-        line = _parsed(text)
+        line = parsed(text)
         if _is_line(line):
             found.append(line)
         elif not skip_damaged and number < len(texts):
@@ -60,7 +62,7 @@ def read_evaluation(run: Path) -> dict[str, Any] | None:
     path = run / EVALUATION
     if not path.exists():
         return None
-    found = _parsed(path.read_bytes())
+    found = parsed(path.read_bytes())
     if problem := _problem(found) if isinstance(found, dict) else "it holds no JSON object":
         raise TopkapiError(f"{path} is damaged: {problem}. Delete it and run topkapi eval {run} again.")
     return found
@@ -83,10 +85,13 @@ def read_counts(run: Path, n_latents: int) -> Counts | None:
         raise TopkapiError(f"{path} is damaged ({error}). {remedy}") from None
     if not n_fired.shape == sum_squares.shape == (n_latents,):
         raise TopkapiError(f"{path} is of another autoencoder: this run has {n_latents:,} latents. {remedy}")
+    is_count = n_fired.min(initial=0) >= 0 and n_fired.max(initial=0) <= n_tokens
+    if not (is_count and np.isfinite(sum_squares).all() and sum_squares.min(initial=0) >= 0):
+        raise TopkapiError(f"{path} is damaged: its numbers are no counts and sums of squares. {remedy}")
     return Counts(n_fired, sum_squares, n_tokens)
 
 
-def _parsed(text: str | bytes) -> Any:
+def parsed(text: str | bytes) -> Any:
     """The JSON value that a text is; None where it is none."""
     try:
         return json.loads(text)
@@ -108,6 +113,10 @@ def _problem(found: dict[str, Any]) -> str:
     objects = {name: value for name, value in found.items() if isinstance(value, dict)}
     if wrong := [name for name, value in found.items() if name not in objects and not _are_numbers([value])]:
         return f"{wrong[0]} is neither a number nor an object"
+    if wrong := [name for name in (*OBJECTS, *CURVES, "refinement") if _is_number(found.get(name))]:
+        return f"{wrong[0]} is no object"
+    if not all(isinstance(objects.get("refinement", {}).get(name, {}), dict) for name in ESTIMATES):
+        return "refinement holds something else than estimates"
     for name, value in objects.items():
         estimates = (it for it in value.values() if isinstance(it, dict))
         if not all(_are_numbers(it.get(part) for part in ("value", "low", "high")) for it in estimates):

@@ -501,8 +501,6 @@ def load_run(run: Path) -> tuple[Autoencoder, TrainConfig]:
     """The finished autoencoder of a run folder, and the config that made it."""
     published.require_run(run)
     ae = Autoencoder.from_pretrained(run)
-    if ae.training_config is None:
-        raise TopkapiError(f"{run} was not trained by Topkapi: its config.json holds no training settings.")
     return ae, _config_of(run, ae.training_config)
 
 
@@ -518,11 +516,13 @@ def warn_if_changed(run: Path, ae: Autoencoder, language_model: LanguageModel) -
 def saved_config(run: Path) -> TrainConfig:
     """The config that a run folder was started with."""
     published.require_run(run)
-    return _config_of(run, published.read_config(run)["training"])
+    return _config_of(run, published.read_config(run).get("training"))
 
 
-def _config_of(run: Path, values: dict[str, Any]) -> TrainConfig:
+def _config_of(run: Path, values: dict[str, Any] | None) -> TrainConfig:
     """The config that a run's files hold; older ones may lack fields of this version."""
+    if values is None:
+        raise TopkapiError(f"{run} was not trained by Topkapi: its config.json holds no training settings.")
     if names := absent(TrainConfig, values):
         _say_once(
             f"{run}: saved by an older version, without {', '.join(names)}; defaults, which do as it did, are used."

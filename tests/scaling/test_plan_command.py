@@ -63,7 +63,12 @@ def test_flags_say_the_micro_batch_where_the_whole_batch_does_not_fit(capsys):
         (["--state", "low_memory", "--precision", "float32"], "set --precision bf16 or fp8"),
         (["--shards", "5"], "--shards 5 does not divide --gpus 8: take 1, 2, 4, 8"),
         (["--reserve", "500"], "has 138 GB to use"),
+        (["--reserve", "nan"], "--reserve nan: a H200 has 138 GB to use"),
         (["--bench", "x.json"], "--bench goes with --measure"),
+        (
+            ["--measure", "gpu.json", "--bench", "/no/such.json"],
+            "--bench /no/such.json: No such file or",
+        ),
         (["--gpus", "1", "--n-latents", "16M", "--d-model", "12288"], "1 H200 are too few"),
         (["--candidates", "0"], "--candidates '0' is not a size"),
         (["--capacity", "0"], "--capacity must be a finite number above 0; got 0"),
@@ -74,6 +79,22 @@ def test_flags_say_the_micro_batch_where_the_whole_batch_does_not_fit(capsys):
 def test_mistakes_are_explained_in_one_line(options, said, capsys):
     assert main([*SMALL, *options]) == 2
     assert said in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "not JSON"),
+        ("[]", "no JSON object. Give the bench.json"),
+        ('{"cases": [{"case": {}}]}', "it lacks 'n_latents'"),
+        ('{"about": {}, "cases": []}', "has no finished case"),
+    ],
+)
+def test_a_file_that_is_no_bench_is_one_line(tmp_path, capsys, content, said):
+    (tmp_path / "bench.json").write_text(content)
+    assert main(["plan", "--measure", str(tmp_path / "gpu.json"), "--bench", str(tmp_path / "bench.json")]) == 2
+    assert said in one_line(capsys.readouterr().err)
+    assert not (tmp_path / "gpu.json").exists()
 
 
 def test_a_file_describes_a_gpu(tmp_path, capsys):

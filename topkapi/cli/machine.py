@@ -148,6 +148,10 @@ def bench_command(arguments: Sequence[str]) -> None:
     device = ("cuda" if on_cuda else "cpu") if command.device == "auto" else command.device
     if device == "cuda" and not on_cuda:
         raise TopkapiError("--device cuda: no CUDA device here. Leave --device auto, or install a CUDA build of torch.")
+    if command.rounds < 1 or not command.seconds > 0:
+        raise TopkapiError(
+            f"--rounds must be at least 1 and --seconds more than 0; got {command.rounds} and {command.seconds:g}."
+        )
     require_writable("--out", command.out, is_folder=True)
     bench(
         [variant(command.case, text, f"bench {name}") for text in command.variants] or [command.case],
@@ -239,6 +243,10 @@ def _measure_gpu(path: Path, bench_json: str) -> None:
         return
     try:
         measured = json.loads(Path(bench_json).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise TopkapiError(f"--bench {bench_json}: {error.strerror}. Give the bench.json of topkapi bench.") from None
+    except ValueError as error:
         raise TopkapiError(f"--bench {bench_json}: not JSON ({error}). Give the bench.json of topkapi bench.") from None
+    if not isinstance(measured, dict):
+        raise TopkapiError(f"--bench {bench_json}: no JSON object. Give the bench.json of topkapi bench.")
     save(described(measured, H200), path)

@@ -36,13 +36,18 @@ def _unboxed(box: str) -> str:
     return f"{' '.join(body[:end]) or title}".rstrip(".") + "."
 
 
+def require_run_first(command: str, run: str) -> None:
+    """Raise TopkapiError where an option stands in the place of RUN."""
+    if run.startswith("-"):
+        raise TopkapiError(f"topkapi {command} needs a run first, as in topkapi {command} runs/demo ...; got {run!r}.")
+
+
 def run_and_options(command: str, arguments: Sequence[str], options: type, folder: str = "") -> tuple[Path, Any]:
     """RUN, which comes first, and the options after it; the option of a `folder`, if not given, is RUN/study."""
     if not arguments or {"-h", "--help"} & set(arguments):
         parse(options, f"topkapi {command} RUN", ["--help"])
     run, *rest = arguments
-    if run.startswith("-"):
-        raise TopkapiError(f"topkapi {command} needs a run first, as in topkapi {command} runs/demo ...; got {run!r}.")
+    require_run_first(command, run)
     if folder and not any(word.split("=")[0] == f"--{folder}" for word in rest):
         rest += [f"--{folder}", str(Path(run) / "study")]
     return Path(run), parse(options, f"topkapi {command} {run}", rest)

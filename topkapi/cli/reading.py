@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 
 import tyro
 
-from topkapi.cli.parsing import parse, run_and_options
+from topkapi.cli.parsing import parse, require_run_first, run_and_options
 from topkapi.config import EvalConfig, StudyConfig
 from topkapi.console import say
 from topkapi.errors import TopkapiError
@@ -193,6 +193,7 @@ def eval_command(arguments: Sequence[str]) -> None:
     if not arguments or {"-h", "--help"} & set(arguments):
         parse(EvalOptions, "topkapi eval RUN", ["--help"], EvalOptions(config=EvalConfig()))
     name, *options = arguments
+    require_run_first("eval", name)
     run = Path(name)
     default = EvalOptions(config=saved_config(run).eval)
     command = parse(EvalOptions, f"topkapi eval {run}", options, default)

@@ -210,7 +210,7 @@ def _read_sweep(folder: Path) -> list[Run]:
 
 def _read_run(folder: Path, point: Point | None) -> Run:
     config = read_config(folder)
-    if "training" not in config:
+    if config.get("training") is None:
         raise TopkapiError(f"{folder} holds an autoencoder, but not the settings of its training: it is no run folder.")
     metrics = asdict(point) if point else read_evaluation(folder) or {}
     metrics = {name: value for name, value in metrics.items() if not isinstance(value, dict)}

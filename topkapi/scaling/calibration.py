@@ -51,9 +51,12 @@ def measured_in(bench: Mapping[str, Any]) -> list[Measured]:
         TopkapiError: it is none.
     """
     try:
-        return [row for record in bench["cases"] for row in _rows(record)]
+        rows = [row for record in bench["cases"] for row in _rows(record)]
     except (KeyError, TypeError) as error:
         raise TopkapiError(f"this is no bench.json of topkapi bench: it lacks {error}. Run topkapi bench.") from None
+    if not rows:
+        raise TopkapiError("this bench.json of topkapi bench has no finished case. Run topkapi bench.")
+    return rows
 
 
 def _rows(record: Mapping[str, Any]) -> Iterable[Measured]:

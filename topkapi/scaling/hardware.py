@@ -158,13 +158,13 @@ def left_of(hardware: Hardware, reserved: float) -> int:
     Raises:
         TopkapiError: nothing is left, or less than nothing is taken.
     """
-    left = hardware.memory - int(1e9 * reserved / hardware.usable)
-    if reserved < 0 or left <= 0:
+    left = hardware.memory - 1e9 * reserved / hardware.usable
+    if not (reserved >= 0 and left >= 1):  # not a number neither
         raise TopkapiError(
             f"--reserve {reserved:g}: a {hardware.name} has {hardware.memory * hardware.usable / 1e9:.0f} GB to use; "
             "reserve less than that, and 0 or more."
         )
-    return left
+    return int(left)
 
 
 def save(hardware: Hardware, path: Path) -> None:

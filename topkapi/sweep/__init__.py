@@ -7,13 +7,13 @@
 Called by `topkapi sweep`; docs/sweep.md says what lands where.
 """
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from topkapi.errors import TopkapiError
 from topkapi.files import read_json
+from topkapi.results import parsed
 
 POINTS, SETTINGS = "sweep.jsonl", "sweep.json"
 
@@ -65,19 +65,26 @@ def read(folder: Path | str) -> list[Point]:
     if not (folder / SETTINGS).exists():
         raise TopkapiError(f"{folder} holds no sweep: no file {SETTINGS}. Give the --out folder of topkapi sweep.")
     path, found = folder / POINTS, []
-    names = {field.name for field in fields(Point)}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError:
-            values = None
-        if not isinstance(values, dict) or set(values) != names:
+    wanted = {field.name: field.type for field in fields(Point)}
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        values = parsed(line)
+        is_point = isinstance(values, dict) and values.keys() == wanted.keys()
+        if not is_point or not all(_is(value, wanted[name]) for name, value in values.items()):
             raise TopkapiError(
                 f"{path}, line {number}: damaged, or of another version. Delete the line and run topkapi sweep again: "
                 "it evaluates that point anew."
             )
         found.append(Point(**values))
     return ordered(found)
+
+
+def _is(value: Any, wanted: Any) -> bool:
+    """Whether a JSON value is of a field's type; a whole number is a float too, and true is no number."""
+    kinds = get_args(wanted) or (wanted,)
+    if get_origin(wanted) is Literal:
+        return value in kinds
+    return type(value) in kinds or (type(value) is int and float in kinds)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
