@@ -200,16 +200,20 @@ def _claims(joint: dict, fits: list[str]) -> tuple[Claim, ...]:
 
 
 def _irreducible_claim(with_it: np.ndarray, without: np.ndarray) -> Claim:
-    """By an F test of the two further parameters; that they are of no use is said where many points would show it."""
+    """By an F test of the two further parameters; that they are of no use is said where many points would have shown it,
+    and the two gain less than two of no use would on the whole."""
     free = len(with_it) - N_PARAMETERS
     gain = (float((without**2).sum()) - float((with_it**2).sum())) / 2
     p_value = float(stats.f.sf(max(gain, 0.0) / max(float((with_it**2).sum()) / free, 1e-30), 2, free))
-    verdict: Verdict = "agrees" if p_value < 1 - CONFIDENCE else "undecided" if free < ENOUGH else "disagrees"
+    verdict: Verdict = "undecided"
+    if p_value < 1 - CONFIDENCE:
+        verdict = "agrees"
+    elif free >= ENOUGH and p_value > 0.5:
+        verdict = "disagrees"
     residuals = [f"{float(np.sqrt((one**2).mean())):.2%}" for one in (with_it, without)]
     return Claim(
         "An irreducible term makes the fit markedly better.",
         verdict,
         f"residuals {residuals[0]} with it and {residuals[1]} without, p = {p_value:.2g} by an F test "
-        f"with {free} degrees "
-        f"of freedom; fewer than {ENOUGH} cannot speak against it",
+        f"with {free} degrees of freedom; only {ENOUGH} or more with p above 0.5 speak against it",
     )
