@@ -1,5 +1,6 @@
 """topkapi eval, study, find, steer, view, export and figures: what looks at finished runs."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,12 +207,14 @@ def eval_command(arguments: Sequence[str]) -> None:
 
 def study_command(arguments: Sequence[str]) -> None:
     """topkapi study RUN --tokens N [--out FOLDER]: the complete sparse code of held-out text, into RUN/study."""
+    from topkapi.demo import peak_memory
+    from topkapi.scaling.quantities import bytes_text
     from topkapi.study import write_study
-    from topkapi.study.layout import STUDY
+    from topkapi.study.layout import STUDY, read_header
     from topkapi.train import device_type, load_run, open_text, warn_if_changed
 
     run, command = run_and_options("study", arguments, StudyOptions, "out")
-    ae, config = load_run(run)
+    started, (ae, config) = time.monotonic(), load_run(run)
     with open_mesh(1, device_type(config)) as mesh:
         mesh = mesh.apart()  # whose collectives wait as long as rank 0 takes to write
         mesh.on_first(lambda: (command.out / STUDY).exists() or require_writable("--out", command.out, is_folder=True))
@@ -219,7 +222,11 @@ def study_command(arguments: Sequence[str]) -> None:
         warn_if_changed(run, ae, text.language_model)
         token_file = getattr(text.splits, command.config.split)
         write_study(run, ae, text.language_model, token_file, config.data, command.config, command.out, mesh)
-    say(f"study: {command.out}. Read it: topkapi.study.open({str(command.out)!r})")
+    size = sum((command.out / name).stat().st_size for name in read_header(command.out)["files"])
+    say(
+        f"study: {command.out}, {bytes_text(size)}, in {(time.monotonic() - started) / 60:.1f} minutes with at most "
+        f"{bytes_text(peak_memory())} of memory. Read it: topkapi.study.open({str(command.out)!r})"
+    )
 
 
 def find_command(arguments: Sequence[str]) -> None:

@@ -200,8 +200,8 @@ def _claims(joint: dict, fits: list[str]) -> tuple[Claim, ...]:
 
 
 def _irreducible_claim(with_it: np.ndarray, without: np.ndarray) -> Claim:
-    """By an F test of the two further parameters; that they are of no use is said where many points would have shown it,
-    and the two gain less than two of no use would on the whole."""
+    """By an F test of the two further parameters. That they are of no use is said where many points would have shown
+    it, and the two gain less than two of no use would on the whole."""
     free = len(with_it) - N_PARAMETERS
     gain = (float((without**2).sum()) - float((with_it**2).sum())) / 2
     p_value = float(stats.f.sf(max(gain, 0.0) / max(float((with_it**2).sum()) / free, 1e-30), 2, free))
