@@ -17,7 +17,7 @@ from topkapi.statistics.laws import GPT4, JointLaw
 from topkapi.sweep import POINTS, SETTINGS, Point
 from topkapi.sweep.grid import Grid, Variant, shared
 
-D_MODEL, N_TOKENS, L0_OF_L1 = 24, 20_000, {0.01: 60.0, 0.03: 30.0, 0.1: 12.0}
+D_MODEL, N_TOKENS, L0_OF_L1 = 200, 20_000, {0.01: 60.0, 0.03: 30.0, 0.1: 12.0}
 FREE_NORMS = 1.02  # their error over that with unit norm
 L1, MODIFIED_L1 = 1.3, 1.2  # the baselines' error over TopK's at the same L0
 

@@ -1,6 +1,7 @@
 """Seen to fail when: the irreducible term is asked for the other way round; baselines are compared with TopK's means
 over L0 on straight axes instead of logarithmic ones; a line is recorded in another order than it is drawn; unit and
-free norms change places; seeds that differ in learning rate too are matched."""
+free norms change places; seeds that differ in learning rate too are matched; dense k are part of the joint law; the
+mass is compared with that of the smallest k; a study's firings are preferred to those of held_out.npz."""
 
 import csv
 import json
@@ -80,6 +81,27 @@ def test_a_law_of_one_k_is_recovered(tmp_path):
     assert line[0].low <= line[0].y <= line[0].high
 
 
+def test_k_from_a_third_of_d_model_on_is_no_part_of_the_joint_law(tmp_path):
+    sweep, dense = tmp_path / "sweep", D_MODEL // 2
+    write_sweep(sweep, [Grid(n_latents=(256, 512, 1024), k=(4, 16, 64, dense))], counts=False, metrics=False)
+    points = [json.loads(line) for line in (sweep / "sweep.jsonl").read_text().splitlines()]
+    for point in points:
+        point["normalized_mse"] *= 3 if point["k"] == dense else 1
+    (sweep / "sweep.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
+    runs = sources.read_folders([sweep])
+    with styled():
+        (figure,) = laws.figures(runs)
+        (alone,) = laws.figures([run for run in runs if run.k == dense])
+        (sparse,) = laws.figures([run for run in runs if run.k != dense])
+    assert figure.numbers["joint"]["with"]["parameters"] == pytest.approx(asdict(GPT4), rel=1e-3)
+    lines = {row.series for row in figure.canvas.rows if row.kind == "line"}
+    assert f"law with irreducible term, k = {dense}" not in lines
+    assert max(row.x for row in figure.canvas.rows if row.series == "with irreducible") == 64
+    assert max(row.x for row in figure.canvas.rows if row.series == f"k = {dense}") == 1024, "points are drawn"
+    assert ["a third of d_model" in one.caption for one in (figure, alone, sparse)] == [True, True, False]
+    assert verdicts(alone) == ["undecided"]
+
+
 def test_baselines_are_compared_at_the_same_l0(drawn):
     figure = drawn.figures["error-l0"]
     ratios = {(one["family"], one["l0"]): one["ratio"] for one in figure.numbers["baselines_over_topk"]}
@@ -145,11 +167,34 @@ def test_dense_measures_are_those_of_the_statistics(drawn, sweep):
     assert row["low"] < row["mass"] < row["high"]
 
 
+@pytest.mark.parametrize(
+    ("masses", "verdict"),
+    [
+        ({(9, 8): 0.4, (9, 32): 0.2, (9, 65): 0.3}, "agrees"),  # it falls with k before
+        ({(9, 32): 0.2, (9, 65): 0.21}, "disagrees"),
+        ({(9, 32): 0.2, (9, 40): 0.21}, "undecided"),  # two thirds are not measured
+        ({(9, 32): 0.2, (9, 65): 0.3, (8, 32): 0.2, (8, 65): 0.2}, "undecided"),
+        ({(9, 32): 0.2, (9, 65): 0.3, (8, 32): 0.95, (8, 65): 1.0}, "agrees"),  # no room at the second size
+        ({(9, 32): 0.95, (9, 65): 0.99}, "undecided"),
+        ({(9, 8): 0.2, (9, 32): 0.3}, "undecided"),
+        ({(9, 65): 0.2, (9, 80): 0.3}, "undecided"),
+    ],
+)
+def test_dense_solutions_are_a_rise_past_the_onset(masses, verdict):
+    rows = [
+        {"run": SimpleNamespace(n_latents=n, k=k, d_model=97, seed=seed), "mass": mass + seed * 0.001}
+        for (n, k), mass in masses.items()
+        for seed in (0, 1)
+    ]
+    largest = max(k for _, k in masses) / 97
+    assert densities._dense_claim(rows[::-1], largest).verdict == verdict
+
+
 def test_latents_that_seeds_share_are_counted(drawn):
     (group,) = drawn.figures["seeds"].numbers["groups"]
     share = SHARED_ROWS / 2048
     assert group["n_pairs"] == 1
-    assert group["nearest"] == pytest.approx([share, share], abs=0.15)  # unrelated rows of 24 numbers are close as well
+    assert group["nearest"] == pytest.approx([share, share], abs=0.01)
     curve = [
         row
         for row in drawn.figures["seeds"].canvas.panels[0].rows
@@ -191,11 +236,11 @@ def test_modes_are_found_where_there_are_two():
 
 
 def test_one_point_is_drawn(tmp_path, capsys):
-    write_sweep(tmp_path / "sweep", [Grid(n_latents=(128,), k=(16,))])
+    write_sweep(tmp_path / "sweep", [Grid(n_latents=(256,), k=(16,))])
     figures, left_out = draw([tmp_path / "sweep"], tmp_path / "out")
     assert {figure.name for figure in figures} == {
         "training",
-        "densities-n128-k16-seed0",
+        "densities-n256-k16-seed0",
         "dense",
         "error-l0",
         "downstream",
@@ -288,7 +333,7 @@ def test_damaged_counts_of_firings_are_one_line(tmp_path, capsys, content):
 
 
 def test_a_study_of_another_autoencoder_is_not_drawn_as_the_runs_own(tmp_path, monkeypatch):
-    write_sweep(tmp_path / "sweep", [Grid(n_latents=(128,), k=(16,))], weights=True)
+    write_sweep(tmp_path / "sweep", [Grid(n_latents=(128,), k=(16,))], weights=True, counts=False)
     (run,) = sources.read_folders([tmp_path / "sweep"])
     (run.folder / "study").mkdir()
     (run.folder / "study" / "study.json").touch()
@@ -297,6 +342,25 @@ def test_a_study_of_another_autoencoder_is_not_drawn_as_the_runs_own(tmp_path, m
     monkeypatch.setattr(sources, "open_study", lambda *_: found)
     with pytest.raises(TopkapiError, match="is of another autoencoder"):
         _ = run.firings
+
+
+def test_firings_are_of_held_out_text_and_details_of_more_of_it(tmp_path):
+    """Points of a sweep are compared on the text that all of them have; a picture of one run may show more."""
+    write_sweep(tmp_path / "sweep", [Grid(n_latents=(128,), k=(16,))], metrics=False)
+
+    def firings(n_tokens, split="held_out"):
+        (run,) = sources.read_folders([tmp_path / "sweep"])
+        arrays = {"n_fired": np.full(128, 3), "sum_squares": np.full(128, 0.5)}
+        vars(run)["study"] = n_tokens and SimpleNamespace(arrays=arrays, n_tokens=n_tokens, identity={"split": split})
+        return [found and (found.n_tokens, found.text) for found in (run.firings, run.most_firings)]
+
+    assert firings(None) == [(20_000, "held-out")] * 2
+    assert firings(30_000, "train") == [(20_000, "held-out"), (30_000, "training")]
+    assert firings(30_000) == [(20_000, "held-out"), (30_000, "held-out")]
+    assert firings(10_000, "train") == [(20_000, "held-out")] * 2
+    (tmp_path / "sweep" / "n128-k16-seed0" / "held_out.npz").unlink()
+    assert firings(10_000, "train") == [(10_000, "training")] * 2
+    assert firings(None) == [None, None]
 
 
 def test_a_damaged_line_of_a_curve_is_named_and_one_being_written_left_out(tmp_path):

@@ -18,6 +18,9 @@ from topkapi.statistics.laws import GPT4, JointLaw, LawFit, PowerLaw, fit_joint_
 DRAWS = 300  # of the bootstrap
 N_PARAMETERS, ENOUGH = 6, 10  # of L(N, K) with its irreducible term; degrees of freedom that can speak against it
 FITS = {"with": True, "without": False}  # the irreducible term
+DENSE = (
+    "; L(N, K) leaves out k from a third of d_model on, where solutions may be dense and the trend bends (appendix E.5)"
+)
 
 
 def figures(runs: Sequence[Run]) -> Iterator[Figure | LeftOut]:
@@ -46,9 +49,10 @@ def _laws(runs: list[Run]) -> Figure:
     canvas = Canvas(2, width=3.9, height=3.3)
     fits = [name for name, fit in joint.items() if not isinstance(fit, str)]
     title = "Error and fitted L(N, K)" if fits else "Error and fitted L(N)"
-    drawn = {one: joint if fits else both for one, both in single.items() if one in k[sparse]}
+    drawn = {one: joint for one in single if one in k[sparse]} if fits else single
     _draw_losses(canvas.panel(title, "n_latents", "normalized MSE", "xy"), runs, drawn)
-    _draw_exponents(canvas.panel("Exponent of n_latents", "k", "d ln(reducible L) / d ln n", "x"), k, joint, single)
+    exponents = canvas.panel("Exponent of n_latents", "k", "d ln(reducible L) / d ln n", "x")
+    _draw_exponents(exponents, k[sparse] if fits else k, joint, single)
     said_fits = [f"{name.capitalize()} the irreducible term: {_law_text(fit)}" for name, fit in joint.items()]
     if not fits:
         said_fits += [
@@ -63,8 +67,8 @@ def _laws(runs: list[Run]) -> Figure:
         caption=f"Normalized MSE on {held_out(runs)} held-out tokens of "
         f"{counted(len(runs), 'TopK run')}"
         f", each trained on {runs[0].tokens:,} tokens, whether or not it had converged by then. A point is a run; fits "
-        "take the geometric mean of seeds, so that each n_latents and k counts once, and leave out k from a third of "
-        "d_model on, where solutions may be dense and the trend bends (appendix E.5). Solid: "
+        "take the geometric mean of seeds, so that each n_latents and k counts once"
+        f"{'' if sparse.all() else DENSE}. Solid: "
         f"{'L(N, K)' if fits else 'L(N) at each k,'} with an irreducible term; dashed: without; "
         "bands: 95 % by bootstrap of residuals. Dotted: the paper's "
         "L(N, K) of GPT-4 activations, moved to these points' mean at each k: other data, for its "
@@ -159,7 +163,7 @@ def _draw_exponents(panel: Panel, k: np.ndarray, joint: dict, single: dict) -> N
     shown = [row.y for row in panel.rows if row.y is not None]
     margin = max(0.1, max(shown) - min(shown))  # bands may reach much farther where points are few
     panel.axes.set_ylim(min(shown) - margin, max(shown) + margin)
-    panel.x_ticks([int(one) for one in np.unique(k)])
+    panel.x_ticks(list(single))
 
 
 def _law_text(fit: LawFit | str) -> str:
