@@ -1,18 +1,22 @@
 """Seen to fail when: names of runs are not escaped; ids of one picture are those of another; a variant that is not in
-the sweep is among the commands; a bool that is off is written as one that is on."""
+the sweep is among the commands; a bool that is off is written as one that is on; a study's split, or an evaluation's
+number of tokens, is left out."""
 
 import re
 import shlex
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from tests.figures.synthetic import write_sweep
 from topkapi.cli.parsing import parse
+from topkapi.cli.reading import EvalOptions, StudyOptions
 from topkapi.cli.training import Sweep, Train
+from topkapi.config import EvalConfig, StudyConfig
 from topkapi.figures import commands, report, sources
 from topkapi.figures.canvas import Canvas, styled
 from topkapi.figures.figure import Figure, LeftOut
@@ -143,3 +147,33 @@ def test_commands_make_the_same_settings(tmp_path):
     (settings,) = [one.settings for one in sources.read_folders([run])]
     assert sources._flat(sources.read_config(run)["training"]) == settings
     assert given.config == commands.from_dict(type(base), sources.read_config(run)["training"])
+
+
+def test_studies_and_evaluations_are_commands(tmp_path):
+    base = demo()
+    base = replace(base, eval=replace(base.eval, tokens=4_096, downstream_tokens=0))
+    write_sweep(tmp_path / "sweep", [Grid(n_latents=(128,), k=(16,))], base=base, counts=False, metrics=False)
+    (run,) = sources.read_folders([tmp_path / "sweep"])
+
+    def lines(**identity):
+        study = SimpleNamespace(arrays={"tokens": np.zeros(512)}, identity={"split": "held_out", "reservoir": 0})
+        study.identity |= identity
+        vars(run)["study"] = study
+        return [shlex.split(line) for line in commands.commands([], [run])]
+
+    assert lines() == [["topkapi", "study", str(run.folder), "--tokens", "512"]]
+    for identity in ({"split": "train", "reservoir": 50}, {"reservoir": 7}):
+        (words,) = lines(**identity)
+        given = parse(StudyOptions, "topkapi study", [*words[3:], "--out", "x"]).config
+        assert given == StudyConfig(tokens=512, **identity)
+
+    vars(run)["study"] = None
+    for settings in ({}, {"tokens": 4_096, "downstream_tokens": 0}, {"tokens": 9_000, "downstream_tokens": 100}):
+        found = {"normalized_mse": 0.1, "progressive": {"k": []}, "n2g": None, "settings": settings}
+        vars(run)["evaluation"] = found
+        (words,) = [shlex.split(line) for line in commands.commands([], [run])]
+        given = parse(EvalOptions, "topkapi eval", words[3:], EvalOptions(config=base.eval))
+        assert given.metrics == ("progressive",)
+        assert given.config == EvalConfig(**({"tokens": 4_096, "downstream_tokens": 0} | settings))
+    vars(run)["evaluation"] = {"normalized_mse": 0.1}
+    assert commands.commands([], [run]) == []

@@ -10,7 +10,7 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from topkapi.config import TrainConfig, from_dict
+from topkapi.config import EvalConfig, TrainConfig, from_dict
 from topkapi.evaluate.measures import MEASURES
 from topkapi.figures.sources import Run
 from topkapi.published import read_config
@@ -32,12 +32,24 @@ def commands(folders: Sequence[Path], runs: Sequence[Run]) -> list[str]:
             lines.append(_train(folder, from_dict(TrainConfig, read_config(folder)["training"])))
     for run in runs:
         if run.study is not None:
-            tokens, split = len(run.study.arrays["tokens"]), run.study.identity["split"]
-            flags = ["--tokens", str(tokens), *(["--split", split] if split != "held_out" else [])]
-            lines.append(shlex.join(["topkapi", "study", str(run.folder), *flags]))
+            lines.append(shlex.join(["topkapi", "study", str(run.folder), *_study(run)]))
         if metrics := [name for name in MEASURES if run.evaluation.get(name) is not None]:
-            lines.append(shlex.join(["topkapi", "eval", str(run.folder), "--metrics", *metrics]))
+            lines.append(shlex.join(["topkapi", "eval", str(run.folder), "--metrics", *metrics, *_lengths(run)]))
     return lines
+
+
+def _study(run: Run) -> list[str]:
+    arrays, identity = run.study.arrays, run.study.identity
+    split, reservoir = identity["split"], identity["reservoir"]
+    flags = ["--tokens", str(len(arrays["tokens"]))]
+    return flags + ["--split", split] * (split != "held_out") + ["--reservoir", str(reservoir)] * (reservoir > 0)
+
+
+def _lengths(run: Run) -> list[str]:
+    """Numbers of tokens that a run was evaluated on, where they are not those of its training config."""
+    own = EvalConfig(**{field.name: run.settings[f"eval.{field.name}"] for field in fields(EvalConfig)})
+    used = run.evaluation.get("settings", {})
+    return _flags(replace(own, **{name: used[name] for name in vars(own) if name in used}), own)
 
 
 def _train(folder: Path, config: TrainConfig) -> str:
