@@ -24,7 +24,7 @@ from PIL import Image
 from topkapi.figures import draw, modality
 from topkapi.figures.canvas import styled
 from topkapi.figures.commands import commands
-from topkapi.figures.figure import Figure, listed, save
+from topkapi.figures.figure import Figure, LeftOut, listed, save
 from topkapi.figures.sources import FAMILIES, SEED, Run, alike, grouped, read_folders
 from topkapi.files import write_text_atomic
 
@@ -33,6 +33,13 @@ Drawn = dict[str, Any]
 
 PICTURES = ("decoder-norm", "densities", "dense", "laws", "error-l0", "progressive", "seeds")  # small ones
 LARGEST = 100_000  # bytes
+NEED = {
+    "progressive recovery": "progressive",
+    "refinement": "refinement",
+    "latents shared by seeds": "seeds",
+    "modes of activations": "modality",
+}
+"""Figures that need weights, studies or eval.json, by the name under which they are left out."""
 INTRODUCTION = """# Results
 
 What Gao et al. 2024, *Scaling and evaluating sparse autoencoders*, found on GPT-2 small and GPT-4, and whether runs of
@@ -90,24 +97,28 @@ def drawn_by_site(
         figures, without = draw(mine, out / site)
         own = [figure for figure in figures if figure.name != "modality" and not is_detail(figure, figures)]
         drawn += [load(out / site / f"{figure.name}.json", site) for figure in own]
-        left_out += [
-            f"{site}, {one.name}: {one.why.rstrip('.')}." for one in without if one.name != "modes of activations"
-        ]
+        left_out += [(site, one) for one in without if one.name != "modes of activations"]
     with styled():
         for found in modality.figures(runs):
-            if isinstance(found, Figure):
+            if isinstance(found, LeftOut):
+                left_out.append(("", found))
+            else:
                 save(found, out)
                 drawn.append(load(out / "modality.json", ""))
-    have, site_of = (
-        {figure["name"] for figure in drawn},
-        {run.name: run.settings["language_model.site"] for run in runs},
-    )
+    have = {figure["name"] for figure in drawn}
+    site_of = {run.name: run.settings["language_model.site"] for run in runs}
     for path in sorted(kept.glob("*.json")) if kept else ():
         figure = load(path, "")
         if figure["name"] not in have and not figure["name"].startswith("densities-"):
             (*others, last) = {site_of[name] for name in figure["runs"]}
             drawn.append(figure | {"site": "" if others else last})
-    return drawn, left_out
+    there = {(figure["site"], figure["name"]) for figure in drawn}
+    lines = [
+        f"{site}, {one.name}: {one.why.rstrip('.')}.".removeprefix(", ")
+        for site, one in left_out
+        if not {(site, NEED.get(one.name)), ("", NEED.get(one.name))} & there
+    ]
+    return drawn, lines
 
 
 def is_detail(figure: Figure, figures: Sequence[Figure]) -> bool:
@@ -146,8 +157,9 @@ def page(
     parts += [section(figures, pictures) for figures in by_name.values() if figures[0]["source"]]
     if left_out:
         parts.append("## Left out\n\n" + "\n".join(f"- {line}" for line in left_out))
-    text = "runs/text/" in lines[0] and "Files of text are those that `python benchmarks/text.py runs/text` writes.\n\n"
-    parts.append(f"## Commands\n\n{text or ''}```sh\n" + "\n".join(lines) + "\n```")
+    text = "Files of text are those that `python benchmarks/text.py runs/text` writes.\n\n"
+    text *= any("runs/text/" in line for line in lines)
+    parts.append(f"## Commands\n\n{text}```sh\n" + "\n".join(lines) + "\n```")
     return "\n\n".join(map(wrapped, parts)) + "\n"
 
 
@@ -197,7 +209,7 @@ def section(figures: Sequence[Drawn], pictures: str) -> str:
     """Of each site what the figure says, what its verdicts rest on, and the picture; the caption below."""
     parts = [f"## {figures[0]['title']}", f"*{figures[0]['source']}.*"]
     for figure in figures:
-        parts.append(f"**{figure['site'] or 'Both sites'}.** {figure['statement']}")
+        parts.append(f"**{figure['site'] or 'All sites'}.** {figure['statement']}")
         for claim in figure["claims"]:
             parts.append(
                 f"- **{claim['verdict']}**: {claim['text']} {claim['evidence'][:1].upper()}{claim['evidence'][1:]}."
