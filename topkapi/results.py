@@ -10,6 +10,7 @@ checksums, and what is read is looked at instead.
 
 import json
 from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
@@ -18,6 +19,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from topkapi.errors import TopkapiError
+from topkapi.files import read_file
 
 METRICS, EVALUATION, HELD_OUT = "metrics.jsonl", "eval.json", "held_out.npz"
 OBJECTS = ("intervals", "gaps", "settings")  # of eval.json, besides its sections
@@ -43,7 +45,7 @@ def read_metrics(run: Path, skip_damaged: bool = False) -> list[dict[str, float 
         TopkapiError: another line is damaged, unless these are skipped.
     """
     path, found = run / METRICS, []
-    texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    texts = read_file(path).decode("utf-8", "replace").splitlines() if path.exists() else []
     for number, text in enumerate(texts, 1):
         line = parsed(text)
         if _is_line(line):
@@ -62,7 +64,7 @@ def read_evaluation(run: Path) -> dict[str, Any] | None:
     path = run / EVALUATION
     if not path.exists():
         return None
-    found = parsed(path.read_bytes())
+    found = parsed(read_file(path))
     if problem := _problem(found) if isinstance(found, dict) else "it holds no JSON object":
         raise TopkapiError(f"{path} is damaged: {problem}. Delete it and run topkapi eval {run} again.")
     return found
@@ -78,7 +80,7 @@ def read_counts(run: Path, n_latents: int) -> Counts | None:
     if not path.exists():
         return None
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        with BytesIO(read_file(path)) as file, np.load(file, allow_pickle=False) as arrays:
             n_fired, sum_squares = arrays["n_fired"].astype(np.int64), arrays["sum_squares"].astype(np.float64)
             n_tokens = int(arrays["n_tokens"])
     except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile) as error:
