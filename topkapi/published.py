@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 import topkapi
-from topkapi.errors import TopkapiError
+from topkapi.errors import TopkapiError, command_line
 from topkapi.files import load_tensors, read_json, require_shape, save_tensors, sha256, write_atomic, write_json
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -67,9 +67,9 @@ def read_published(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if wanted is None or not path.exists():
         raise TopkapiError(
             f"{folder} holds no finished autoencoder: {WEIGHTS} is written when training ends. "
-            f"If training was interrupted, continue it: topkapi train {folder} --resume."
+            f"If training was interrupted, continue it: {command_line('train', folder, '--resume')}."
         )
-    remedy = f"Restore it from a copy; in a run folder, topkapi train {folder} --resume writes it again."
+    remedy = f"Restore it from a copy; in a run folder, {command_line('train', folder, '--resume')} writes it again."
     return load_tensors(path, wanted, "Autoencoder", remedy), config
 
 

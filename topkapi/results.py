@@ -18,7 +18,7 @@ from zipfile import BadZipFile
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from topkapi.errors import TopkapiError
+from topkapi.errors import TopkapiError, command_line
 from topkapi.files import read_file
 
 METRICS, EVALUATION, HELD_OUT = "metrics.jsonl", "eval.json", "held_out.npz"
@@ -66,7 +66,7 @@ def read_evaluation(run: Path) -> dict[str, Any] | None:
         return None
     found = parsed(read_file(path))
     if problem := _problem(found) if isinstance(found, dict) else "it holds no JSON object":
-        raise TopkapiError(f"{path} is damaged: {problem}. Delete it and run topkapi eval {run} again.")
+        raise TopkapiError(f"{path} is damaged: {problem}. Delete it and run {command_line('eval', run)} again.")
     return found
 
 
@@ -76,7 +76,7 @@ def read_counts(run: Path, n_latents: int) -> Counts | None:
     Raises:
         TopkapiError: damaged, or of another autoencoder.
     """
-    path, remedy = run / HELD_OUT, f"Delete it and evaluate the run again: topkapi eval {run}."
+    path, remedy = run / HELD_OUT, f"Delete it and evaluate the run again: {command_line('eval', run)}."
     if not path.exists():
         return None
     try:
