@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from topkapi.console import say
-from topkapi.files import sha256_json, write_atomic
+from topkapi.files import read_file, sha256_json, write_atomic
 from topkapi.study import Study
 from topkapi.study.invert import ranges
 from topkapi.viewer.answers import to_json
@@ -116,7 +116,7 @@ class Index:
 
     def _load(self) -> bool:
         try:
-            header, arrays = unpack(self.path.read_bytes())
+            header, arrays = unpack(read_file(self.path))
             tokens = header["tokens"]
             whole = header["identity"] == self._identity() and header["sha256"] == _digest(arrays, tokens)
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):

@@ -110,7 +110,7 @@ class Opened:
             "site": study.identity["site"],
             "language_model": header["language_model"],
             "activation": header["activation"],
-            "trained_tokens": self.published.get("summary", {}).get("tokens"),
+            "trained_tokens": (self.published.get("summary") or {}).get("tokens"),
             "study": {
                 "n_tokens": study.n_tokens,
                 "context": study.context,
