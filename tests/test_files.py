@@ -1,10 +1,13 @@
 """Seen to fail when: `write_atomic` writes to the path itself; `read_json` skips the checksum; a lock is not held;
-a name in a folder that is a file passes for writable."""
+a name in a folder that is a file passes for writable; a pipe is waited for; what is missing inside of a dict passes."""
 
 import errno
 import os
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
+from threading import Timer
 
 import pytest
 import torch
@@ -72,6 +75,7 @@ def test_json_comes_back(tmp_path):
         (b"\xff\xfe", "not JSON"),
         (b"[1]", "has no checksum: it is damaged, or not a file of Topkapi's. Mend it."),
         (b'{"a": 1}', "has no checksum"),
+        (b"[" * 100_000, "not JSON"),
         (b'{"a": 1, "checksum": "0"}', "damaged or was edited: its content does not match its checksum. Mend it."),
     ],
 )
@@ -88,6 +92,34 @@ def test_an_edited_value_is_noticed(tmp_path):
     (tmp_path / "a.json").write_text(text.replace("2.5", "2.6"))
     with pytest.raises(TopkapiError, match="damaged or was edited"):
         files.read_json(tmp_path / "a.json", "Thing")
+
+
+def test_pipes_and_devices_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    give_up = Timer(5, lambda: os.close(os.open(tmp_path / "pipe", os.O_RDWR)))  # ends whoever waits for it
+    give_up.start()
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(OSError, match="neither a file nor a folder"):
+            files.read_file(path)
+    give_up.cancel()
+    with pytest.raises(IsADirectoryError):
+        files.read_file(tmp_path)
+
+
+def test_what_a_sound_file_lacks_is_named(tmp_path):
+    value = {"a": 1, "b": {"c": "x", "d": {"e": 2}}, "some": {"f": {"n": 1}, "g": {"n": "1"}}}
+    require = partial(files.require_shape, value, path=tmp_path, what="Thing", remedy="Mend it.")
+    for shape in ({"a": int, "z": int | None}, {"b": {"c": str, "d": {"e": int}}}, {"b": {"*": str | dict}}, {}):
+        require(shape)
+    for shape, name in [
+        ({"a": int, "z": int}, "z"),
+        ({"a": str}, "a"),
+        ({"a": {"x": int}}, "a"),
+        ({"b": {"d": {"e": str}}}, "b.d.e"),
+        ({"some": {"*": {"n": int}}}, "some.g.n"),
+    ]:
+        with pytest.raises(TopkapiError, match=f"Thing: {tmp_path} has no {name}, or another .* Mend it."):
+            require(shape)
 
 
 def test_tensors_come_back_and_others_are_refused(tmp_path):

@@ -26,6 +26,7 @@ LAYER = {room: layer for layer, rooms in ROOMS_OF_LAYER.items() for room in room
 SIDEWAYS = {
     "parallel": {"config", "console"},
     "published": {"files"},
+    "results": {"files"},
     "model": {"exchange"},
     "step": {"auxk"},
     "train": {"evaluate"},

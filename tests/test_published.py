@@ -89,3 +89,23 @@ def test_another_normalisation_is_refused(tmp_path):
     write_json(tmp_path / "config.json", config | {"normalisation": "none"})
     with pytest.raises(TopkapiError, match=r"says normalisation 'none'; .* knows 'per_token_mean_and_norm'"):
         Autoencoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("lacking", ["autoencoder", "k", "files"])
+def test_a_config_that_lacks_something_is_refused_in_words(tmp_path, lacking):
+    autoencoder().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["checksum"]
+    del (config["autoencoder"] if lacking == "k" else config)[lacking]
+    write_json(tmp_path / "config.json", config)
+    with pytest.raises(TopkapiError, match="no finished autoencoder" if lacking == "files" else f"has no .*{lacking}"):
+        Autoencoder.from_pretrained(tmp_path)
+
+
+def test_a_config_without_what_others_leave_out_is_read(tmp_path):
+    autoencoder().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("checksum", "language_model", "site", "training", "summary"):
+        del config[name]
+    write_json(tmp_path / "config.json", config)
+    assert Autoencoder.from_pretrained(tmp_path).summary == {}

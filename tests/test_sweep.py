@@ -15,8 +15,9 @@ from topkapi.cli import main
 from topkapi.config import ModelConfig
 from topkapi.errors import TopkapiError
 from topkapi.evaluate import evaluate, evaluate_all
+from topkapi.files import write_json
 from topkapi.results import HELD_OUT
-from topkapi.sweep import POINTS, SETTINGS, Point, read, running
+from topkapi.sweep import POINTS, SETTINGS, Point, read, read_settings, running
 from topkapi.sweep.grid import Grid
 from topkapi.sweep.running import divide, print_table, sweep, training_flops
 from topkapi.train import NOT_FINITE, Interrupted, Trainer, load_run, open_text, train
@@ -314,6 +315,9 @@ def test_the_reader_names_what_is_wrong(swept, tmp_path):
     (tmp_path / POINTS).write_bytes(b"\xff\n")
     with pytest.raises(TopkapiError, match="line 1: damaged"):
         read(tmp_path)
+    write_json(tmp_path / SETTINGS, {"shared": {}, "identity": {}})
+    with pytest.raises(TopkapiError, match=r"Sweep: .*sweep.json has no variants"):
+        read_settings(tmp_path)
 
 
 def test_flops_of_topk_and_baselines(tiny_config):

@@ -195,6 +195,25 @@ def test_an_autoencoder_that_was_not_trained_here_is_no_run(refused, tmp_path):
     refused(["figures", str(tmp_path)], f"{tmp_path} holds an autoencoder, but not the settings of its training")
 
 
+def test_an_empty_path_is_not_the_current_folder(refused, finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(shutil.copytree(finished, tmp_path / "my run"))
+    before = contents(tmp_path)
+    refused(["train", "demo", "--run", ""], "--run is empty: give a folder, or . for the current one.")
+    refused(["sweep", "demo", "--out="], "--out is empty")
+    refused(["study", ".", "--tokens", "16", "--out", ""], "--out is empty")
+    refused(["train", "", "--resume"], "no recipe or run ''")
+    refused(["eval", ""], "topkapi eval needs a run first", "got ''")
+    refused(["study", "", "--tokens", "16"], "topkapi study needs a run first", "got ''")
+    assert contents(tmp_path) == before
+
+
+def test_commands_that_are_advised_can_be_copied(refused, finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "my run")
+    refused(["view", str(run)], f"Write it: topkapi study '{run}' --tokens 16000")
+    (run / "model.safetensors").unlink()
+    refused(["eval", str(run)], f"continue it: topkapi train '{run}' --resume")
+
+
 def test_missing_packages(refused, tiny_config, tmp_path, monkeypatch):
     arguments = train_arguments(tiny_config, tmp_path / "run", "--loggers", "wandb")
     with monkeypatch.context() as patch:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from topkapi.config import StudyConfig, TrainConfig
 from topkapi.console import say
+from topkapi.errors import command_line
 from topkapi.evaluate.contexts import Strongest, choose_latents, format_contexts, strongest_contexts
 from topkapi.evaluation import evaluate_opened, print_table
 from topkapi.figures.overview import draw_run
@@ -42,11 +43,12 @@ def demo(config: TrainConfig, run: Path) -> None:
     picture = draw_run(run, found.density, title)
     minutes, gigabytes = (time.monotonic() - started) / 60, peak_memory() / 2**30
     say(f"{minutes:.1f} minutes, peak memory {gigabytes:.1f} GiB. Picture: {picture}. Everything is in {run}.")
+    wider = command_line("train", "demo", "--run", run.parent / "wider", "--model.n-latents", 8192)
     say(
-        f"Next: topkapi train demo --run {run.parent}/wider --model.n-latents 8192   (reuses the cached activations)\n"
+        f"Next: {wider}   (reuses the cached activations)\n"
         "      topkapi train --help                                     (other recipes, your own model and text)"
     )
-    say(f"Look at its latents in a browser: topkapi view {run}, and open http://127.0.0.1:8000/")
+    say(f"Look at its latents in a browser: {command_line('view', run)}, and open http://127.0.0.1:8000/")
 
 
 def _write_study(run: Path, ae: Autoencoder, text: Text, config: TrainConfig) -> None:

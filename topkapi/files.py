@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -146,6 +147,18 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     write_text_atomic(path, json.dumps(value | {"checksum": sha256_json(value)}, indent=2) + "\n")
 
 
+def read_file(path: Path) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        OSError: missing, a folder, not to be read, or a pipe or a device, which might have no end.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "neither a file nor a folder", str(path))
+        return file.read()
+
+
 def read_json(path: Path, what: str, remedy: str = "") -> dict[str, Any]:
     """The dict that `write_json` wrote, without its checksum.
 
@@ -155,17 +168,39 @@ def read_json(path: Path, what: str, remedy: str = "") -> dict[str, Any]:
     """
     remedy = f" {remedy}" if remedy else ""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_file(path).decode("utf-8"))
+        checksum = value.pop("checksum", None) if isinstance(value, dict) else None
+        is_same = checksum == sha256_json(value)
     except FileNotFoundError:
         raise TopkapiError(f"{what}: no file {path}.{remedy}") from None
     except (ValueError, RecursionError) as error:  # of UTF-8, of JSON, of whole numbers with thousands of digits
         raise TopkapiError(f"{what}: {path} is damaged: not JSON ({error}).{remedy}") from None
-    checksum = value.pop("checksum", None) if isinstance(value, dict) else None
     if checksum is None:
         raise TopkapiError(f"{what}: {path} has no checksum: it is damaged, or not a file of Topkapi's.{remedy}")
-    if checksum != sha256_json(value):
+    if not is_same:
         raise TopkapiError(f"{what}: {path} is damaged or was edited: its content does not match its checksum.{remedy}")
     return value
+
+
+def require_shape(value: dict[str, Any], shape: Mapping[str, Any], path: Path, what: str, remedy: str) -> None:
+    """Raise TopkapiError if a dict that `read_json` read lacks something, as one that others wrote may.
+
+    `shape` has types by name, or dicts of them; the name "*" stands for all that are there.
+    """
+    if name := _missing(value, shape):
+        raise TopkapiError(f"{what}: {path} has no {name}, or another thing in its place. {remedy}")
+
+
+def _missing(value: dict[str, Any], shape: Mapping[str, Any]) -> str:
+    """The first name of a shape that a dict lacks or has with another type, as in "about.k"; "" if there is none."""
+    for wanted, kind in shape.items():
+        for name in value if wanted == "*" else [wanted]:
+            found = value.get(name)
+            if not isinstance(found, dict if isinstance(kind, Mapping) else kind):
+                return name
+            if isinstance(kind, Mapping) and (inner := _missing(found, kind)):
+                return f"{name}.{inner}"
+    return ""
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -201,7 +201,7 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="topkapi", licen
                     f"{name} is neither a folder here nor an autoencoder on the hub ({reason})."
                 ) from None
         tensors, config = published.read_published(folder)
-        about = {key: config[key] for key in ("language_model", "site", "training", "summary")}
+        about = {key: config[key] for key in ("language_model", "site", "training", "summary") if key in config}
         ae = cls(**config["autoencoder"], **about)
         ae.load_state_dict(tensors)
         return ae.to(device)

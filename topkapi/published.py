@@ -7,10 +7,16 @@ from typing import Any
 from torch import Tensor
 
 import topkapi
-from topkapi.errors import TopkapiError
-from topkapi.files import load_tensors, read_json, save_tensors, sha256, write_atomic, write_json
+from topkapi.errors import TopkapiError, command_line
+from topkapi.files import load_tensors, read_json, require_shape, save_tensors, sha256, write_atomic, write_json
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+SHAPE = {
+    "autoencoder": {"d_model": int, "n_latents": int, "k": int},
+    "files": dict | None,  # of a finished one
+    "summary": dict | None,
+    "training": dict | None,
+}
 NORMALISATION = "per_token_mean_and_norm"  # subtract the mean over d_model, scale to unit norm; undone on output
 
 
@@ -38,30 +44,32 @@ def require_run(folder: Path) -> None:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The description that `write_config` wrote. Raises TopkapiError if it is missing, damaged or not ours."""
-    config = read_json(folder / CONFIG, "Autoencoder", "Restore it from a copy, or train again in another folder.")
+    remedy = "Restore it from a copy, or train again in another folder."
+    config = read_json(folder / CONFIG, "Autoencoder", remedy)
     if config.get("normalisation") != NORMALISATION:
         raise TopkapiError(
             f"{folder / CONFIG} says normalisation {config.get('normalisation')!r}; this version of Topkapi knows "
             f"{NORMALISATION!r}."
         )
+    require_shape(config, SHAPE, folder / CONFIG, "Autoencoder", remedy)
     return config
 
 
 def checksum_of(folder: Path) -> str | None:
     """SHA-256 of the weights, by which a finished autoencoder is known; None before. Raises as `read_config`."""
-    return read_config(folder).get("files", {}).get(WEIGHTS)
+    return (read_config(folder).get("files") or {}).get(WEIGHTS)
 
 
 def read_published(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and description. Raises TopkapiError if a file is missing, damaged, or the two do not belong together."""
     config, path = read_config(folder), folder / WEIGHTS
-    wanted = config.get("files", {}).get(WEIGHTS)
+    wanted = (config.get("files") or {}).get(WEIGHTS)
     if wanted is None or not path.exists():
         raise TopkapiError(
             f"{folder} holds no finished autoencoder: {WEIGHTS} is written when training ends. "
-            f"If training was interrupted, continue it: topkapi train {folder} --resume."
+            f"If training was interrupted, continue it: {command_line('train', folder, '--resume')}."
         )
-    remedy = f"Restore it from a copy; in a run folder, topkapi train {folder} --resume writes it again."
+    remedy = f"Restore it from a copy; in a run folder, {command_line('train', folder, '--resume')} writes it again."
     return load_tensors(path, wanted, "Autoencoder", remedy), config
 
 

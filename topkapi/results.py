@@ -10,6 +10,7 @@ checksums, and what is read is looked at instead.
 
 import json
 from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
@@ -17,7 +18,8 @@ from zipfile import BadZipFile
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from topkapi.errors import TopkapiError
+from topkapi.errors import TopkapiError, command_line
+from topkapi.files import read_file
 
 METRICS, EVALUATION, HELD_OUT = "metrics.jsonl", "eval.json", "held_out.npz"
 OBJECTS = ("intervals", "gaps", "settings")  # of eval.json, besides its sections
@@ -43,7 +45,7 @@ def read_metrics(run: Path, skip_damaged: bool = False) -> list[dict[str, float 
         TopkapiError: another line is damaged, unless these are skipped.
     """
     path, found = run / METRICS, []
-    texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    texts = read_file(path).decode("utf-8", "replace").splitlines() if path.exists() else []
     for number, text in enumerate(texts, 1):
         line = parsed(text)
         if _is_line(line):
@@ -62,9 +64,9 @@ def read_evaluation(run: Path) -> dict[str, Any] | None:
     path = run / EVALUATION
     if not path.exists():
         return None
-    found = parsed(path.read_bytes())
+    found = parsed(read_file(path))
     if problem := _problem(found) if isinstance(found, dict) else "it holds no JSON object":
-        raise TopkapiError(f"{path} is damaged: {problem}. Delete it and run topkapi eval {run} again.")
+        raise TopkapiError(f"{path} is damaged: {problem}. Delete it and run {command_line('eval', run)} again.")
     return found
 
 
@@ -74,11 +76,11 @@ def read_counts(run: Path, n_latents: int) -> Counts | None:
     Raises:
         TopkapiError: damaged, or of another autoencoder.
     """
-    path, remedy = run / HELD_OUT, f"Delete it and evaluate the run again: topkapi eval {run}."
+    path, remedy = run / HELD_OUT, f"Delete it and evaluate the run again: {command_line('eval', run)}."
     if not path.exists():
         return None
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        with BytesIO(read_file(path)) as file, np.load(file, allow_pickle=False) as arrays:
             n_fired, sum_squares = arrays["n_fired"].astype(np.int64), arrays["sum_squares"].astype(np.float64)
             n_tokens = int(arrays["n_tokens"])
     except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile) as error:

@@ -39,7 +39,7 @@ from topkapi.data.language_model import LanguageModel
 from topkapi.data.pipeline import open_batches
 from topkapi.data.tokens import Splits, tokenize
 from topkapi.dead import DeadCounter
-from topkapi.errors import TopkapiError
+from topkapi.errors import TopkapiError, command_line
 from topkapi.files import lock, remove_leftovers, sha256_json, write_text_atomic
 from topkapi.loss import LossTerms, mse_scale
 from topkapi.metrics import MetricsLog, NoLog, require
@@ -373,7 +373,11 @@ def _loop(
             _save(trainers, logs, step, position, saver)
             saver.wait()
         names = ", ".join(str(trainer.run) for trainer in trainers)
-        how = f"topkapi train {names} --resume" if len(trainers) == 1 else "the same command with --resume"
+        how = (
+            command_line("train", trainers[0].run, "--resume")
+            if len(trainers) == 1
+            else "the same command with --resume"
+        )
         state = f"{names} saved at step {step} of {config.n_steps}; continue with {how}" if step else "no step was done"
         stopped = Interrupted(request.signal_number, state)
         stopped.is_common = True
@@ -583,7 +587,7 @@ def _check_run(config: TrainConfig, run: Path, resume: bool) -> None:
     if lines := differences(ours, saved):
         raise TopkapiError(
             f"{run} was started with other settings ({'; '.join(lines)}; given against saved). Resume it as it was: "
-            f"topkapi train {run} --resume."
+            f"{command_line('train', run, '--resume')}."
         )
 
 

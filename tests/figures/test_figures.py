@@ -270,6 +270,17 @@ def test_missing_values_are_gaps(tmp_path):
     assert [row.y for row in canvas.rows] == [1.0, None, 3.0]
 
 
+def test_what_a_logarithmic_axis_has_no_place_for_is_a_gap_that_the_data_keep():
+    with styled():
+        canvas = Canvas(1)
+        panel = canvas.panel("P", "x", "y", "xy")
+        panel.line("a", [1, 2, 3], [1.0, -0.002, 3.0], colour=colours(1)[0])
+        panel.points("b", [1, 2], [0.0, 3.0], colour=colours(1)[0])
+    drawn = [np.isnan(line.get_ydata()).tolist() for line in panel.axes.lines]
+    assert drawn == [[False, True, False], [True, False]]
+    assert [row.y for row in canvas.rows] == [1.0, -0.002, 3.0, 0.0, 3.0]
+
+
 def test_a_legend_has_the_colours_of_its_outlines():
     with styled():
         panel = Canvas(1).panel("P", "x", "y")

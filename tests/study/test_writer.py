@@ -22,6 +22,7 @@ from tests.data.tiny import make_corpus
 from tests.study.conftest import TOKENS, finished
 from topkapi.cli import main
 from topkapi.errors import TopkapiError
+from topkapi.files import write_json
 from topkapi.parallel import Mesh
 from topkapi.study import writer
 from topkapi.train import open_text
@@ -270,3 +271,19 @@ def test_a_study_that_was_killed_before_its_first_block_goes_on(trained, tmp_pat
             trained.study(tmp_path)
     assert {"progress.json", "positions.bin"} <= contents(tmp_path).keys()
     trained.study(tmp_path).verify()
+
+
+def test_a_header_that_lacks_something_is_refused_in_words(trained, tmp_path):
+    trained.study(tmp_path)
+    text = (tmp_path / "study.json").read_text()
+    for *outer, name in (["identity"], ["about", "n_tokens"], ["files", "positions"], ["files", "maxima", "sha256"]):
+        header = json.loads(text)
+        del header["checksum"]
+        inner = header
+        for key in outer:
+            inner = inner[key]
+        del inner[name]
+        write_json(tmp_path / "study.json", header)
+        lacking = ".".join([*outer, name])
+        with pytest.raises(TopkapiError, match=f"study.json has no {lacking}, or another thing in its place. Delete"):
+            topkapi.study.open(tmp_path)

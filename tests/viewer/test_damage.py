@@ -1,13 +1,15 @@
 """Damaged files of a run, of its study and of what lies beside: each answer is a gap that is told, or a sentence.
 
 Seen to fail when: an eval.json with a text for a number is trusted; a point of a sweep may have any name; numbers
-beyond floating point go into the law; a study's files are not looked at after an index out of range; a labels.json that
-is a folder is read.
+beyond floating point go into the law; a pipe is waited for; a study's files are not looked at after an index out of
+range; a labels.json that is a folder is read.
 """
 
 import json
+import os
 import shutil
 import time
+from threading import Timer
 
 import numpy as np
 import pytest
@@ -170,6 +172,24 @@ def test_labels_damaged_while_they_are_served_are_told(client, run):
         assert ask(client, "/api/labels") == ask(client, "/api/latent/3") == 400
         assert client.put("/api/labels/3", json={"label": "x"}).status_code == 400
     assert ask(client, "/api/latent/3/examples") == 200
+
+
+def test_pipes_are_not_waited_for(client, run, other):
+    (run.parent / "sweep").mkdir()
+    for path, asked in [
+        (other / "config.json", "runs"),
+        (run / "eval.json", "runs"),
+        (run.parent / "sweep" / "sweep.jsonl", "runs"),
+        (run / "metrics.jsonl", "global"),
+        (run / "labels.json", "labels"),
+    ]:
+        put(run.parent / "sweep" / SETTINGS, b"{}")
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+        give_up = Timer(10, lambda path=path: os.close(os.open(path, os.O_RDWR)))  # ends whoever waits for it
+        give_up.start()
+        ask(client, f"/api/{asked}")
+        give_up.cancel()
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy

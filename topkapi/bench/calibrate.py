@@ -18,6 +18,7 @@ from topkapi.bench import BenchOptions, bench
 from topkapi.bench.cases import Case
 from topkapi.bench.timing import measure
 from topkapi.console import say
+from topkapi.errors import command_line
 from topkapi.parallel import Group, Mesh, open_mesh
 from topkapi.scaling.calibration import copy_rate, errors, fit, measured_in
 from topkapi.scaling.hardware import H200, Hardware, Link, save
@@ -55,7 +56,7 @@ def calibrate(path: Path, device: torch.device, seconds: float = 1.0) -> Hardwar
     save(found, path)
     if device.type == "cpu":
         say("the model of a step is one of GPUs: what it says of a CPU shows that measuring works, and little else.")
-    say(f"{found.name}: {path}, from {folder / 'bench.json'}. Plan with it: topkapi plan --gpu {path} ...")
+    say(f"{found.name}: {path}, from {folder / 'bench.json'}. Plan with it: {command_line('plan', '--gpu', path)} ...")
     return found
 
 

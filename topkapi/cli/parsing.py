@@ -4,6 +4,8 @@ import io
 import re
 from collections.abc import Sequence
 from contextlib import redirect_stderr
+from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ def parse(
     cls: type, program: str, arguments: Sequence[str], default: Any = tyro.MISSING_NONPROP, more: tuple = ()
 ) -> Any:
     """The dataclass that the options describe; a mistake in them is a TopkapiError of one line, not tyro's box."""
+    _require_paths(cls, arguments)
     markers = (tyro.conf.AvoidSubcommands, *more)
     boxed = io.StringIO()
     try:
@@ -28,6 +31,15 @@ def parse(
         raise TopkapiError(f"{_unboxed(boxed.getvalue())} See {program} --help.") from None
 
 
+def _require_paths(cls: type, arguments: Sequence[str]) -> None:
+    """Raise TopkapiError where the path of an option is "", as of a shell's variable that is not set: Path takes it for
+    the current folder."""
+    given = [*pairwise(arguments), *(word.partition("=")[::2] for word in arguments if "=" in word)]
+    for name in (f"--{field.name}" for field in fields(cls) if field.type is Path):
+        if (name, "") in given:
+            raise TopkapiError(f"{name} is empty: give a folder, or . for the current one.")
+
+
 def _unboxed(box: str) -> str:
     """The sentence inside one of tyro's error boxes, which have a title above and a pointer to the help below it."""
     lines = [re.sub("[│╭╰╮╯─]", "", line).strip() for line in box.splitlines()]
@@ -37,8 +49,8 @@ def _unboxed(box: str) -> str:
 
 
 def require_run_first(command: str, run: str) -> None:
-    """Raise TopkapiError where an option stands in the place of RUN."""
-    if run.startswith("-"):
+    """Raise TopkapiError where an option, or nothing, stands in the place of RUN."""
+    if not run or run.startswith("-"):
         raise TopkapiError(f"topkapi {command} needs a run first, as in topkapi {command} runs/demo ...; got {run!r}.")
 
 

@@ -10,7 +10,7 @@ import tyro
 from topkapi.cli.parsing import parse, variant
 from topkapi.config import TrainConfig
 from topkapi.console import say
-from topkapi.errors import TopkapiError
+from topkapi.errors import TopkapiError, command_line
 from topkapi.published import CONFIG
 from topkapi.recipes import RECIPES
 from topkapi.sweep.grid import Grid, require_undecided
@@ -71,7 +71,7 @@ def train_command(arguments: Sequence[str]) -> None:
     name, *options = arguments
     if name in RECIPES:
         default = Train(config=RECIPES[name](), run=Path("runs") / name)
-    elif (Path(name) / CONFIG).exists():
+    elif name and (Path(name) / CONFIG).exists():
         default = Train(config=saved_config(Path(name)), run=Path(name))
     else:
         raise TopkapiError(
@@ -83,7 +83,7 @@ def train_command(arguments: Sequence[str]) -> None:
         configs = [variant(command.config, text) for text in command.variants]
         runs = [command.run / text for text in command.variants]
     train(configs, runs, resume=command.resume)
-    say(f"finished: {', '.join(map(str, runs))}. Evaluate: topkapi eval {runs[0]}")
+    say(f"finished: {', '.join(map(str, runs))}. Evaluate: {command_line('eval', runs[0])}")
 
 
 def sweep_command(arguments: Sequence[str]) -> None:

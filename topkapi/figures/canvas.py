@@ -123,7 +123,8 @@ class Canvas:
 
 
 class Panel:
-    """Axes with a title, labelled axes and a record of what is drawn. Where y is None or NaN there is a gap."""
+    """Axes with a title, labelled axes and a record of what is drawn. Where y is None or NaN there is a gap, and on a
+    logarithmic axis where it is not above 0; the record has it."""
 
     def __init__(self, axes: Any, title: str, x: str, y: str, log: str) -> None:
         self.axes, self.title, self.rows = axes, title, []
@@ -150,11 +151,12 @@ class Panel:
     ) -> None:
         """A curve, with a band from low to high where these are given; `label` stands where it ends."""
         x, y = _numbers(x), _numbers(y)
+        self._record(kind, series, x, y, low, high)
+        y = self._on_axis(y)
         form = {"color": colour, "linewidth": width, "alpha": opacity, "zorder": 3 if kind == "line" else 2}
         self.axes.plot(x, y, dash, label=legend or None, **form)
         if low is not None and high is not None:
             self.axes.fill_between(x, _numbers(low), _numbers(high), color=colour, alpha=0.18, linewidth=0, zorder=1)
-        self._record(kind, series, x, y, low, high)
         self._end(label, colour, x, y)
 
     def points(
@@ -174,6 +176,8 @@ class Panel:
     ) -> None:
         """Points, with bars from low to high where these are given, joined by a line of the style `joined`."""
         x, y = _numbers(x), _numbers(y)
+        self._record("points", series, x, y, low, high)
+        y = self._on_axis(y)
         face = colour if filled else PAPER
         form = {"color": colour, "markerfacecolor": face, "markeredgewidth": 1.1, "linewidth": 1.1, "zorder": 4}
         if low is not None and high is not None:
@@ -181,7 +185,6 @@ class Panel:
             bars = np.nan_to_num(np.clip([down, up], 0, None))
             self.axes.errorbar(x, y, bars, fmt="none", ecolor=colour, elinewidth=0.9, capsize=1.8, zorder=3)
         self.axes.plot(x, y, marker=marker, linestyle=joined or "none", label=legend or None, **form)
-        self._record("points", series, x, y, low, high)
         self._end(label, colour, x, y)
 
     def bins(
@@ -232,6 +235,10 @@ class Panel:
             self._place_labels()
             self.ends = []
         return self
+
+    def _on_axis(self, y: np.ndarray) -> np.ndarray:
+        """y, with a gap where a logarithmic axis has no place for it: matplotlib would draw to far below the panel."""
+        return np.where(y > 0, y, np.nan) if self.axes.get_yscale() == "log" else y
 
     def _record(self, kind: Kind, series: str, x: np.ndarray, y: np.ndarray, low: Any, high: Any) -> None:
         low = [None] * len(x) if low is None else _numbers(low)

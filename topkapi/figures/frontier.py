@@ -96,7 +96,7 @@ def _downstream(runs: list[Run]) -> Figure:
     canvas = Canvas(2, 2, width=3.7, height=2.7)
     quantities: list[tuple[str, str, Quantity]] = [
         ("Cross-entropy", "increase, nats per token", _loss_increase),
-        ("KL(clean || spliced)", "nats per token", _kl),
+        ("KL divergence", "KL(clean || spliced), nats per token", _kl),
     ]
     across: list[tuple[str, str, Quantity]] = [
         ("against L0", "L0, active latents per token", _l0),
@@ -117,13 +117,15 @@ def _downstream(runs: list[Run]) -> Figure:
     increases = [v for run in runs if (v := _loss_increase(run)) is not None]
     recovered = [v for run in runs if (v := run.metric("loss_recovered")) is not None]
     parts = [f"Splicing raises the cross-entropy by {min(increases):.3f} to {max(increases):.3f} nats per token"]
+    n_free = sum(increase <= 0 for increase in increases)
     parts += [f"loss recovered {min(recovered):.1%} to {max(recovered):.1%}"] if recovered else []
     return Figure(
         name="downstream",
         title="The language model's loss with the autoencoder spliced in",
         source="Figure 5",
         caption="Increase of next-token cross-entropy, and KL divergence from the untouched model, on held-out text, "
-        f"against L0 and normalized MSE. {counted(len(runs), 'run')}; seeds are single points, lines join means.",
+        f"against L0 and normalized MSE. {counted(len(runs), 'run')}; seeds are single points, lines join means."
+        f"{f' Gaps: {n_free} whose cross-entropy is not raised.' if n_free else ''}",
         statement=f"{'; '.join(parts)}. {_compared(ratios, 'increase of the cross-entropy')}",
         canvas=canvas,
         runs=[run.name for run in runs],

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from topkapi.errors import TopkapiError
-from topkapi.files import read_json, sha256
+from topkapi.files import read_json, require_shape, sha256
 
 FORMAT = 1  # raised when files change their meaning
 STUDY, PROGRESS = "study.json", "progress.json"
@@ -32,6 +32,14 @@ DTYPES = {
     "maxima": "<f4",
 }
 """Of every array but `tokens`, which has the dtype of the token file."""
+SHAPE = {
+    "identity": {"autoencoder": str, "language_model": str, "site": str, "split": str}
+    | dict.fromkeys(("n_latents", "context", "reservoir"), int),
+    "about": {"run": str, "n_tokens": int, "d_model": int, "activation": str},
+    "files": {name: dict for name in ("tokens", *DTYPES) if name not in BY_TOKEN}
+    | {"*": {"dtype": str, "length": int, "sha256": str}},
+}
+"""Of study.json."""
 NAMES = (*DTYPES, "tokens", *CANDIDATES)  # of arrays that a study has, finished or not
 
 
@@ -61,6 +69,7 @@ def read_header(folder: Path) -> dict[str, Any]:
     header = read_json(folder / STUDY, WHAT, remedy)
     if header.get("format") != FORMAT:
         raise TopkapiError(f"{WHAT} {folder} has format {header.get('format')!r}; this version reads {FORMAT}.")
+    require_shape(header, SHAPE, folder / STUDY, WHAT, remedy)
     for name, facts in header["files"].items():
         path, wanted = path_of(folder, name), facts["length"] * np.dtype(facts["dtype"]).itemsize
         if not path.is_file() or path.stat().st_size != wanted:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from topkapi.errors import TopkapiError
-from topkapi.files import read_json
+from topkapi.files import read_file, read_json, require_shape
 from topkapi.results import parsed
 
 POINTS, SETTINGS = "sweep.jsonl", "sweep.json"
@@ -66,7 +66,7 @@ def read(folder: Path | str) -> list[Point]:
         raise TopkapiError(f"{folder} holds no sweep: no file {SETTINGS}. Give the --out folder of topkapi sweep.")
     path, found = folder / POINTS, []
     wanted = {field.name: field.type for field in fields(Point)}
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    lines = read_file(path).decode("utf-8", "replace").splitlines() if path.exists() else []
     for number, line in enumerate(lines, 1):
         values = parsed(line)
         is_point = isinstance(values, dict) and values.keys() == wanted.keys()
@@ -89,7 +89,11 @@ def _is(value: Any, wanted: Any) -> bool:
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """sweep.json: shared settings, identity of language model and text, variants. Raises TopkapiError if damaged."""
-    return read_json(folder / SETTINGS, "Sweep", "Restore it from a copy, or sweep in another --out.")
+    remedy = "Restore it from a copy, or sweep in another --out."
+    settings = read_json(folder / SETTINGS, "Sweep", remedy)
+    shape = {"shared": dict, "identity": dict, "variants": {"*": dict}}
+    require_shape(settings, shape, folder / SETTINGS, "Sweep", remedy)
+    return settings
 
 
 def ordered(points: list[Point]) -> list[Point]:

@@ -5,6 +5,7 @@ LATENTS_A_FILE latents in each. They are written beside the folder and take its 
 """
 
 import json
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,7 +51,8 @@ def export(run: Path, study: Study, out: Path, n_examples: int, votes: bool) -> 
     finally:
         opened.close()
         shutil.rmtree(temporary, ignore_errors=True)
-    say(f"{out}: {study.n_latents:,} latents as files. Look at them: python -m http.server -d {out}")
+    words = ["python", "-m", "http.server", "-d", str(out)]
+    say(f"{out}: {study.n_latents:,} latents as files. Look at them: {shlex.join(words)}")
 
 
 def _require_free(out: Path) -> None:

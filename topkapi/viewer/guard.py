@@ -13,6 +13,7 @@ are kept from letting other sites in:
 
 import ipaddress
 import socket
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -71,10 +72,13 @@ def _is_address(text: str) -> bool:
 
 
 class Guard:
-    """Middleware: refuses strangers, adds the headers to every answer, and answers with JSON where a route failed."""
+    """Middleware: refuses strangers, adds the headers to every answer, and answers with JSON where a route failed.
 
-    def __init__(self, app: ASGIApp, names: Names) -> None:
-        self.app, self.names = app, names
+    `asked` is called when a request comes that is not refused.
+    """
+
+    def __init__(self, app: ASGIApp, names: Names, asked: Callable[[], None]) -> None:
+        self.app, self.names, self.asked = app, names, asked
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -92,6 +96,7 @@ class Guard:
         if problem := self._problem(scope["path"], Headers(scope=scope)):
             await Answer({"error": problem}, 403)(scope, receive, guarded)
             return
+        self.asked()
         try:
             await self.app(scope, receive, guarded)
         except Exception as error:

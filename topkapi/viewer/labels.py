@@ -6,7 +6,7 @@ from threading import Lock
 from typing import Any
 
 from topkapi.errors import TopkapiError
-from topkapi.files import write_text_atomic
+from topkapi.files import read_file, write_text_atomic
 
 LABELS = "labels.json"
 LABEL_CHARACTERS, NOTE_CHARACTERS = 200, 10_000
@@ -48,7 +48,7 @@ class Labels:
 
     def _text(self) -> str:
         try:
-            return self.path.read_text(encoding="utf-8", errors="replace")
+            return read_file(self.path).decode("utf-8", "replace")
         except OSError as error:
             raise TopkapiError(f"{self.path} cannot be read: {error.strerror}.") from None
 

@@ -10,7 +10,7 @@ import uvicorn
 
 import topkapi.study
 from topkapi.console import say
-from topkapi.errors import TopkapiError
+from topkapi.errors import TopkapiError, command_line
 from topkapi.published import require_run
 from topkapi.study import Study
 from topkapi.study.layout import PROGRESS, STUDY
@@ -28,10 +28,9 @@ def open_for(run: Path, folder: Path) -> Study:
     """
     require_run(run)
     if not (folder / STUDY).exists() and not (folder / PROGRESS).exists():
-        out = "" if folder == run / "study" else f" --out {folder}"
-        raise TopkapiError(
-            f"{folder} holds no study, which the viewer shows. Write it: topkapi study {run} --tokens 16000{out}"
-        )
+        out = [] if folder == run / "study" else ["--out", folder]
+        write = command_line("study", run, "--tokens", 16_000, *out)
+        raise TopkapiError(f"{folder} holds no study, which the viewer shows. Write it: {write}")
     study = topkapi.study.open(folder, run)
     study.require_run()
     return study
