@@ -23,6 +23,7 @@ from topkapi.viewer.binary import unpack
 from topkapi.viewer.columns import table as table_of
 from topkapi.viewer.labels import Labels
 from topkapi.viewer.opened import Opened
+from topkapi.viewer.overview import POINTS
 
 
 def wait_for_index(client):
@@ -192,6 +193,19 @@ def test_damaged_lines_of_metrics_are_passed_over(client, run):
     damaged = ["", "{", "[]", '{"step": 1}', '{"tokens": null}', '{"tokens": "many", "l0": 3}']
     (run / "metrics.jsonl").write_text("\n".join([*damaged, *lines]))
     assert len(client.get("/api/global").json()["training"]["tokens"]) == len(lines)
+
+
+def test_what_is_measured_and_trained_while_a_run_is_looked_at_is_shown(client, run):
+    (run / "eval.json").unlink(missing_ok=True)
+    before = client.get("/api/global").json()
+    assert before["evaluation"] is None
+    (run / "eval.json").write_text('{"l0": 4.5}')
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps({"step": step, "tokens": 1e6 + step, "l0": 3}) + "\n" for step in range(2 * POINTS))
+    after = client.get("/api/global").json()
+    assert after["evaluation"]["l0"] == 4.5
+    assert len(before["training"]["tokens"]) < len(after["training"]["tokens"]) <= POINTS
+    assert after["density"] == before["density"]
 
 
 def test_runs_beside_are_listed_and_broken_ones_passed_over(client, run):

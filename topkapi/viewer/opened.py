@@ -90,11 +90,15 @@ class Opened:
         """What the language model can be asked for."""
         return Experiments(self.study, self.texts, self.labels)
 
-    @cached_property
+    @property
     def overview(self) -> dict[str, Any]:
-        """What all latents are like together."""
+        """What all latents are like together, how training went and what was measured."""
+        return self._of_study | overview.of_run(self.run)
+
+    @cached_property
+    def _of_study(self) -> dict[str, Any]:
         self._autoencoder.result()
-        return overview.whole(self.study, self.run)
+        return overview.of_study(self.study)
 
     def wait_for_index(self) -> None:
         """Wait until the index is made; raises what kept it from being."""

@@ -21,15 +21,21 @@ ROWS_AT_ONCE = 2**14  # of W_enc and W_dec
 LN10 = math.log(10)
 
 
-def whole(study: Study, run: Path) -> dict[str, Any]:
-    """What the page of the whole dictionary shows."""
-    measured = evaluation(run)
+def of_study(study: Study) -> dict[str, Any]:
+    """What the page of the whole dictionary shows of a study, which does not change."""
     return {
         "density": distribution(study.density),
         "importance": distribution(study.importance),
         "cumulative": _cumulative(study.importance),
         "dense": _dense(study),
         "alignment": _alignment(study),
+    }
+
+
+def of_run(run: Path) -> dict[str, Any]:
+    """What it shows of files that grow and come while the run is looked at."""
+    measured = evaluation(run)
+    return {
         "training": training(run),
         "evaluation": measured.metrics,
         "evaluation_problem": measured.problem,
@@ -112,7 +118,7 @@ def training(run: Path) -> dict[str, Any]:
     except OSError:
         lines = []
     rows = [line for line in lines if finite(line["tokens"]) is not None]
-    rows = rows[:: max(1, len(rows) // POINTS)]
+    rows = rows[:: max(1, -(-len(rows) // POINTS))]
     names = {name: None for row in rows for name in row if name not in ("tokens", "step")}  # in the order written
     series = {name: [finite(row.get(name)) for row in rows] for name in names}
     return {"tokens": [row["tokens"] for row in rows], "series": series}
