@@ -83,7 +83,7 @@ def test_an_export_is_replaced_and_nothing_else(run, study, tmp_path, capsys):
     (tmp_path / "mine" / "thesis").write_text("years of work")
     (tmp_path / "file").write_text("more work")
     (tmp_path / "link").symlink_to(site)
-    for name, said in (("mine", "something else"), ("file", "than a folder"), ("link", "than a folder"), ("tiny", "else")):
+    for name, said in (("mine", "something else"), ("file", "than a folder"), ("link", "no folder"), ("tiny", "else")):
         capsys.readouterr()
         assert main([*command[:2], str(tmp_path / name), *command[3:]]) == 2
         assert said in capsys.readouterr().err
