@@ -1,8 +1,8 @@
 """The page in a real browser: what it shows is what the API says, and it can be used by keys and in narrow windows.
 
 Mutations seen to fail: rows sorted ascending where descending is asked; `innerHTML` for a label; the range of a mode
-not sent to the server; a label kept in the page alone, or not saved when the page is left; softer text in light
-windows; a table wider than a telephone.
+not sent to the server; a label kept in the page alone, or not saved when the page is left, or not tried again; names of
+metrics looked up among those that every object has; softer text in light windows; a table wider than a telephone.
 """
 
 import json
@@ -19,6 +19,7 @@ import pytest
 import topkapi.study
 from tests.viewer.browser import Window, chromium
 from tests.viewer.serving import served
+from tests.viewer.test_damage import POINT
 from topkapi.viewer.app import STATIC
 from topkapi.viewer.export import export
 
@@ -359,6 +360,34 @@ def test_a_label_typed_just_before_the_page_is_left_is_saved(context, address, r
         assert time.monotonic() < until
         time.sleep(0.02)
     window.page.close()
+
+
+def test_a_label_that_could_not_be_saved_is_saved_when_the_latent_is_left(context, address, run, busiest):
+    window = Window(context, address)
+    window.go(f"#/latent/{busiest}", "#label")
+    window.page.route("**/api/labels/*", lambda route: route.abort())
+    window.page.fill("#label", "at last")
+    window.wait_for("document.querySelector('.saved').textContent.startsWith('Not saved:')")
+    window.page.unroute("**/api/labels/*")
+    with window.page.expect_response("**/api/labels/*"):
+        window.go("#/latents", ROWS)
+    assert '"at last"' in (run / "labels.json").read_text()
+    window.page.close()
+
+
+def test_names_in_files_are_only_names(window, run):
+    (run / "eval.json").write_text('{"constructor": 0.25, "l0": 4, "intervals": {"l0": [3, 5]}}')
+    (run.parent / "sweep").mkdir()
+    (run.parent / "sweep" / "sweep.json").write_text("{}")
+    (run.parent / "sweep" / "sweep.jsonl").write_text(json.dumps(POINT | {"name": run.name}))
+    window.go("#/global", ".chart canvas")
+    said = window.text("main")
+    assert "constructor\t0.25" in said
+    assert "[3.00, 5.00]" in said
+    window.go("#/runs", "table.runs")
+    assert window.page.locator("table.runs tr.here").count() == 1
+    shutil.rmtree(run.parent / "sweep")
+    (run / "eval.json").unlink()
 
 
 def test_what_is_damaged_or_left_out_is_told(window, run, monkeypatch):

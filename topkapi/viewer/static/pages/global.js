@@ -9,6 +9,7 @@ import { link, note, parse } from "../router.js";
 export const title = () => "Global";
 
 const SERIES = {
+  __proto__: null, // names come from files: "constructor" has no text here
   normalized_mse: "normalized MSE",
   auxk: "AuxK loss",
   l1: "L1 penalty",
@@ -18,6 +19,7 @@ const SERIES = {
   tokens_per_second: "tokens per second",
 };
 const MEASURED = {
+  __proto__: null,
   normalized_mse: ["Normalized MSE", "Error over that of predicting the mean: 0 is perfect, 1 is the mean."],
   l0: ["L0", "Latents above 0 a token."],
   dead_fraction: ["Dead latents", "Share of latents that never fired while evaluated.", percent],
@@ -293,9 +295,10 @@ function evaluationCard(evaluation, problem) {
       stateNote("quiet", "Not evaluated yet.", null, h("p", {}, h("code", {}, "topkapi eval RUN"))),
     );
   const { intervals, ...metrics } = evaluation;
+  const intervalOf = (name, write) => (Object.hasOwn(intervals, name) ? interval(intervals[name], write) : "");
   const rows = Object.entries(metrics).flatMap(([name, value]) => {
     const [text, tip, write = number] = MEASURED[name] ?? [name.replaceAll("_", " "), null];
-    return typeof value === "number" ? [[text, `${write(value)} ${interval(intervals[name], write)}`, tip]] : [];
+    return typeof value === "number" ? [[text, `${write(value)} ${intervalOf(name, write)}`, tip]] : [];
   });
   return card("Evaluation", {}, rowsTable(rows));
 }

@@ -133,7 +133,7 @@ function table(found, page) {
       rows.map((run) =>
         h(
           "tr",
-          { class: run.name === found.here ? "here" : "" },
+          { class: run.path_name === found.here ? "here" : "" },
           COLUMNS.map(([, , write, align]) => h("td", { class: align ?? "" }, String(write(run)))),
         ),
       ),
@@ -180,8 +180,8 @@ function scatter(host, runs, here, name, text, colour, lines = []) {
     draw: (pen) => {
       for (const line of lines) pen.line(line.xs, line.ys, pen.paint[line.colour], { width: 1.5, dash: [5, 4] });
       for (const { run, x, y } of points)
-        pen.dot(x, y, pen.paint[colour(run)], run.name === here ? 7 : 5, pen.paint.surface);
-      const own = points.find(({ run }) => run.name === here);
+        pen.dot(x, y, pen.paint[colour(run)], run.path_name === here ? 7 : 5, pen.paint.surface);
+      const own = points.find(({ run }) => run.path_name === here);
       if (own) pen.text("this run", own.x, own.y, pen.paint.ink, -10);
     },
     hover: (left, top, pen) => {

@@ -48,6 +48,7 @@ export function labelCard(backend, i, saved, onSaved) {
 /** Saves after a moment of quiet, and says so; returns what saves at once and listens no more. */
 function saveOnChange({ label, note, state }, send, onSaved) {
   let due;
+  let isUnsaved = false;
   const say = (text, failed = false) => {
     state.textContent = text;
     state.classList.toggle("failed", failed);
@@ -55,6 +56,7 @@ function saveOnChange({ label, note, state }, send, onSaved) {
   const save = async () => {
     clearTimeout(due);
     due = undefined;
+    isUnsaved = false;
     const said = { label: label.value.trim(), note: note.value.trim() };
     say("Saving …");
     try {
@@ -62,19 +64,21 @@ function saveOnChange({ label, note, state }, send, onSaved) {
       onSaved(said);
       if (!due) say("Saved");
     } catch (failure) {
+      isUnsaved = true;
       say(`Not saved: ${failure.message}`, true);
     }
   };
+  const saveNow = () => isUnsaved && save();
   for (const input of [label, note]) {
     input.addEventListener("input", () => {
       say("Not saved yet");
+      isUnsaved = true;
       clearTimeout(due);
       due = setTimeout(save, SAVE_AFTER);
     });
-    input.addEventListener("change", () => due && save());
+    input.addEventListener("change", saveNow);
   }
-  label.addEventListener("keydown", (event) => event.key === "Enter" && due && save());
-  const saveNow = () => due && save();
+  label.addEventListener("keydown", (event) => event.key === "Enter" && saveNow());
   addEventListener("pagehide", saveNow);
   document.addEventListener("visibilitychange", saveNow);
   return () => {
