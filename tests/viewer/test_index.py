@@ -10,7 +10,6 @@ from threading import Event
 
 import numpy as np
 import pytest
-from starlette.testclient import TestClient
 
 import topkapi.study
 from topkapi.data.language_model import load_tokenizer
@@ -18,8 +17,6 @@ from topkapi.errors import TopkapiError
 from topkapi.statistics.modes import count_modes
 from topkapi.train import saved_config
 from topkapi.viewer import index as index_module
-from topkapi.viewer import turns
-from topkapi.viewer.app import create_app
 from topkapi.viewer.binary import pack, unpack
 from topkapi.viewer.columns import table
 from topkapi.viewer.index import FILE, NO_TOKEN, Index
@@ -34,7 +31,7 @@ def texts(tiny_run):
 
 def built(study, texts):
     index = Index(study)
-    index.build(lambda: texts, Event().is_set)
+    index.build(lambda: texts, Event())
     return index
 
 
@@ -99,34 +96,9 @@ def test_it_stops_when_asked_to(study):
     stop = Event()
     stop.set()
     index = Index(study)
-    index.build(lambda: pytest.fail("it read all firings"), stop.is_set)
+    index.build(lambda: pytest.fail("it read all firings"), stop)
     assert not index.is_ready
     assert not (study.folder / FILE).exists()
-
-
-def test_requests_go_before_counting(monkeypatch):
-    now, stop, mine = [100.0], Event(), turns.Turns()
-    monkeypatch.setattr(turns.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(stop, "wait", lambda seconds: now.append(now.pop() + seconds))
-    assert not mine.is_over(stop)
-    assert now == [100.0]
-    mine.ask()
-    now[0] += 0.1
-    assert not mine.is_over(stop)
-    assert now == [pytest.approx(100.0 + turns.CALM)]
-    mine.ask()
-    stop.set()
-    assert mine.is_over(stop)
-
-
-def test_what_is_asked_of_the_server_is_heard(run, study, monkeypatch):
-    heard = []
-    monkeypatch.setattr(turns.Turns, "ask", lambda _: heard.append(True))
-    with TestClient(create_app(run, study, model=False), base_url="http://127.0.0.1") as client:
-        client.get("/api/about", headers={"Host": "evil.example"})
-        assert heard == []
-        client.get("/api/about")
-    assert heard == [True]
 
 
 def test_one_that_cannot_be_made_says_so(study, capsys):
@@ -135,7 +107,7 @@ def test_one_that_cannot_be_made_says_so(study, capsys):
 
     index = Index(study)
     with pytest.raises(TopkapiError):
-        index.build(fail, Event().is_set)
+        index.build(fail, Event())
     assert index.facts()["state"] == "failed"
     assert "there is no tokenizer" in capsys.readouterr().err
 

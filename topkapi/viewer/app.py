@@ -58,7 +58,7 @@ def create_app(run: Path, study: Study, *, model: bool = True, host: str = "127.
     api = Router(routes, redirect_slashes=False)
     return Starlette(
         routes=[Mount("/api", api), Mount("/", StaticFiles(directory=STATIC, html=True))],
-        middleware=[Middleware(Guard, names=Names(host), asked=opened.turns.ask)],
+        middleware=[Middleware(Guard, names=Names(host))],
         exception_handlers=dict.fromkeys(OF_DAMAGE, unexpected)
         | {Refused: _refused, TopkapiError: _mistaken, HTTPException: _http},
         lifespan=lifespan,

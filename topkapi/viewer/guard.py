@@ -13,7 +13,6 @@ are kept from letting other sites in:
 
 import ipaddress
 import socket
-from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -72,13 +71,10 @@ def _is_address(text: str) -> bool:
 
 
 class Guard:
-    """Middleware: refuses strangers, adds the headers to every answer, and answers with JSON where a route failed.
+    """Middleware: refuses strangers, adds the headers to every answer, and answers with JSON where a route failed."""
 
-    `asked` is called when a request comes that is not refused.
-    """
-
-    def __init__(self, app: ASGIApp, names: Names, asked: Callable[[], None]) -> None:
-        self.app, self.names, self.asked = app, names, asked
+    def __init__(self, app: ASGIApp, names: Names) -> None:
+        self.app, self.names = app, names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -96,7 +92,6 @@ class Guard:
         if problem := self._problem(scope["path"], Headers(scope=scope)):
             await Answer({"error": problem}, 403)(scope, receive, guarded)
             return
-        self.asked()
         try:
             await self.app(scope, receive, guarded)
         except Exception as error:

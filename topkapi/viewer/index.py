@@ -11,6 +11,7 @@ so is a damaged one.
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -66,15 +67,12 @@ class Index:
             "total": self.study.n_latents,
         }
 
-    def build(self, texts: Callable[[], Texts], is_over: Callable[[], bool]) -> None:
-        """Read it from its file, or make it and write that. What it raises is said as well.
-
-        `is_over` is asked again and again: it may wait, and ends it early where it is true.
-        """
+    def build(self, texts: Callable[[], Texts], stop: Event) -> None:
+        """Read it from its file, or make it and write that; `stop` ends it early. What it raises is said as well."""
         try:
-            if not self._load() and self._read_firings(texts, is_over):
+            if not self._load() and self._read_firings(texts, stop):
                 self.version += 1
-                if self._count_modes(is_over):
+                if self._count_modes(stop):
                     self._save()
         except Exception as error:
             self.why = str(error) or type(error).__name__
@@ -82,11 +80,11 @@ class Index:
             raise
         self.version += 1
 
-    def _read_firings(self, texts: Callable[[], Texts], is_over: Callable[[], bool]) -> bool:
+    def _read_firings(self, texts: Callable[[], Texts], stop: Event) -> bool:
         arrays, offsets = self.study.arrays, self.study.arrays["latent_offsets"]
         strongest = np.full(self.study.n_latents, -1, np.int64)
         for start, end in ranges(offsets, ENTRIES_AT_ONCE):
-            if is_over():
+            if stop.is_set():
                 return False
             values = np.asarray(arrays["latent_values"][offsets[start] : offsets[end]])
             first = offsets[start : end + 1] - offsets[start]
@@ -101,12 +99,12 @@ class Index:
         self.arrays["top_token"][known] = which
         return True
 
-    def _count_modes(self, is_over: Callable[[], bool]) -> bool:
+    def _count_modes(self, stop: Event) -> bool:
         offsets, values = (self.study.arrays[name] for name in ("latent_offsets", "latent_values"))
         for start in range(0, self.study.n_latents, LATENTS_AT_ONCE):
             end = min(start + LATENTS_AT_ONCE, self.study.n_latents)
             for i in range(start, end):
-                if is_over():
+                if stop.is_set():
                     return False
                 self.arrays["modes"][i] = min(len(find_modes(values[offsets[i] : offsets[i + 1]])), NOT_COUNTED - 1)
             self.version += 1

@@ -29,7 +29,6 @@ from topkapi.viewer.index import Index
 from topkapi.viewer.labels import Labels
 from topkapi.viewer.modes import warm_up
 from topkapi.viewer.texts import Texts
-from topkapi.viewer.turns import Turns
 from topkapi.viewer.worker import Worker
 
 KEPT = 256  # latents whose numbers are kept, and tokens they vote for
@@ -53,7 +52,6 @@ class Opened:
         self.worker = Worker(self._load_spliced if model else None)
         self.describe = lru_cache(KEPT)(self._describe)
         self.votes = lru_cache(KEPT)(self._votes)
-        self.turns = Turns()
         self._stopping = Event()
         self._loading = ThreadPoolExecutor(4, thread_name_prefix="loading")
         self._autoencoder: Future[Autoencoder] = Future()
@@ -147,7 +145,7 @@ class Opened:
         return facts | {"state": "building"} if facts["state"] == "ready" and not self._index.done() else facts
 
     def _make_index(self) -> None:
-        self.index.build(lambda: self.texts, lambda: self.turns.is_over(self._stopping))
+        self.index.build(lambda: self.texts, self._stopping)
         self.table.current()
 
     def _describe(self, i: int) -> dict[str, Any]:
