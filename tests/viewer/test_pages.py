@@ -15,11 +15,11 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 import pytest
-from tests.viewer.test_damage import POINT
 
 import topkapi.study
 from tests.viewer.browser import Window, chromium
 from tests.viewer.serving import served
+from tests.viewer.test_damaged_files import POINT
 from topkapi.viewer.app import STATIC
 from topkapi.viewer.export import export
 

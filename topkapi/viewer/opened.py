@@ -4,11 +4,13 @@ The page shows as soon as the study's small arrays are mapped. Until the autoenc
 requests that need them wait; those that need the language model are refused (`topkapi.viewer.worker`).
 """
 
+import os
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from functools import cached_property, lru_cache
 from pathlib import Path
-from threading import Event
+from threading import Event, get_native_id
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,7 @@ from topkapi.viewer.texts import Texts
 from topkapi.viewer.worker import Worker
 
 KEPT = 256  # latents whose numbers are kept, and tokens they vote for
+BACKGROUND = 10  # niceness of threads that load and count
 STOP_SECONDS = 2.0  # that the language model has to end what it does
 
 
@@ -53,7 +56,7 @@ class Opened:
         self.describe = lru_cache(KEPT)(self._describe)
         self.votes = lru_cache(KEPT)(self._votes)
         self._stopping = Event()
-        self._loading = ThreadPoolExecutor(4, thread_name_prefix="loading")
+        self._loading = ThreadPoolExecutor(4, thread_name_prefix="loading", initializer=_give_way)
         self._autoencoder: Future[Autoencoder] = Future()
         self._texts: Future[Texts] = Future()
         self._index: Future[None] = Future()
@@ -166,3 +169,9 @@ class Opened:
         lm.model.float()
         # `to` moves a module in place, and requests read the study's own meanwhile
         return Spliced(lm, ae if lm.device == ae.W_dec.device else deepcopy(ae).to(lm.device))
+
+
+def _give_way() -> None:
+    """Leave the cores to answers and to the browser, where a thread may have a priority of its own."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, get_native_id(), BACKGROUND)
