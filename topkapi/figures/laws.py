@@ -219,6 +219,6 @@ def _irreducible_claim(with_it: np.ndarray, without: np.ndarray) -> Claim:
         "An irreducible term makes the fit markedly better.",
         verdict,
         f"residuals {residuals[0]} with it and {residuals[1]} without, p = {p_value:.2g} by an F test "
-        f"with {free} degrees of freedom, approximate as the fit minimises Huber's loss; only {ENOUGH} or more with p above "
-        "0.5 speak against it",
+        f"with {free} degrees of freedom, approximate as the fit minimises Huber's loss; only {ENOUGH} or more with p "
+        "above 0.5 speak against it",
     )
