@@ -16,7 +16,7 @@ import pytest
 from starlette.testclient import TestClient
 
 import topkapi.study
-from topkapi.files import write_json
+from topkapi.files import write_atomic, write_json
 from topkapi.sweep import POINTS, SETTINGS
 from topkapi.viewer import overview, runs
 from topkapi.viewer.answers import to_json
@@ -52,6 +52,11 @@ def put(path, content):
     path.unlink(missing_ok=True)
     path.parent.mkdir(exist_ok=True)
     path.mkdir() if content is None else path.write_bytes(content)
+
+
+def exchange(path, content):
+    """Another file in its place: what is mapped by a thread of a viewer that was just closed must not be cut off."""
+    write_atomic(path, lambda temporary: temporary.write_bytes(content))
 
 
 def beside(run):
@@ -200,7 +205,7 @@ def test_a_damaged_study_is_told(run, capsys):
     for name in sound.arrays:
         path = run / "study" / f"{name}.bin"
         content, size = path.read_bytes(), path.stat().st_size
-        path.write_bytes(np.random.default_rng(0).bytes(size))
+        exchange(path, np.random.default_rng(0).bytes(size))
         shutil.rmtree(run / "study" / "index", ignore_errors=True)
         study = topkapi.study.open(run / "study", run)
         with TestClient(create_app(run, study, model=False), base_url="http://127.0.0.1") as client:
@@ -208,6 +213,6 @@ def test_a_damaged_study_is_told(run, capsys):
             paths += [f"latent/{i}/examples?kind={kind}" for kind in ("top", "random", "quantile", "near")]
             if any(ask(client, f"/api/{path}") == 400 for path in paths):
                 told.add(name)
-        path.write_bytes(content)
+        exchange(path, content)
     assert {"latent_rows", "positions", "row_offsets"} <= told
     capsys.readouterr()
