@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from topkapi.ops import low_memory, reference
-from topkapi.ops.kernels.weight_gradients import Parts, row_gradient, sum_dtype
+from topkapi.ops.kernels.weight_gradients import Parts, row_gradient, sum_dtype, widened
 from topkapi.ops.reference import AdamStep, RowGradient, RowState
 
 WIDE = 2048  # from this d_model on a low-memory row is shared by more warps: their registers are what is short
@@ -93,11 +93,18 @@ def gradient_squares(
 
 
 @triton.jit
+def _dot(a, b, TILES: tl.constexpr):
+    """Of two rows; threads wait for each other once, whatever TILES is."""
+    products = a[0] * b[0]
+    for t in tl.static_range(1, TILES):
+        products += a[t] * b[t]
+    return tl.sum(products, 0)
+
+
+@triton.jit
 def _projected(acc, weight, TILES: tl.constexpr):
     """`acc` minus its part along `weight`, whose norm is 1."""
-    along = tl.sum(acc[0] * weight[0], 0)
-    for t in tl.static_range(1, TILES):
-        along += tl.sum(acc[t] * weight[t], 0)
+    along = _dot(acc, weight, TILES)
     out = ()
     for t in tl.static_range(TILES):
         out = out + (acc[t] - along * weight[t],)
@@ -105,7 +112,10 @@ def _projected(acc, weight, TILES: tl.constexpr):
 
 
 @triton.jit
-def _load_row(ptr, offset, column, D: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, dtype: tl.constexpr):
+def _load_row(
+    ptr, offset, column,
+    DIRECT: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
     """A row as a tuple of TILES blocks; it is read once, so the cache may drop it."""
     out = ()
     for t in tl.static_range(TILES):
@@ -113,7 +123,7 @@ def _load_row(ptr, offset, column, D: tl.constexpr, BLOCK: tl.constexpr, TILES: 
         x = tl.load(ptr + offset + c, mask=(c < D) | (D % (BLOCK * TILES) == 0), other=0, eviction_policy="evict_first")
         if ptr.dtype.element_ty == tl.int8:
             x = x.to(tl.int32) << 24  # converted as fast as it is added; 8 bits are not
-        out = out + (x.to(dtype),)
+        out = out + (widened(x, DIRECT, dtype),)
     return out
 
 
@@ -184,22 +194,25 @@ def _encode_square(root, bits):
 
 
 @triton.jit
-def _row_max(row, TILES: tl.constexpr):
-    largest = tl.max(tl.abs(row[0]), 0)
+def _row_maxima(a, b, TILES: tl.constexpr):
+    """The largest sizes of two rows, found together."""
+    size_a = tl.abs(a[0])
+    size_b = tl.abs(b[0])
     for t in tl.static_range(1, TILES):
-        largest = tl.maximum(largest, tl.max(tl.abs(row[t]), 0))
-    return largest
+        size_a = tl.maximum(size_a, tl.abs(a[t]))
+        size_b = tl.maximum(size_b, tl.abs(b[t]))
+    return tl.split(tl.max(tl.join(size_a, size_b), 0))
 
 
 @triton.jit
 def _load_state(
     weight_ptr, mean_ptr, square_ptr, latent, column,
-    D: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, dtype: tl.constexpr,
+    DIRECT: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """Weight, mean and square of a row; in low memory the codes of the latter."""
-    weight = _load_row(weight_ptr, latent * D, column, D, BLOCK, TILES, dtype)
-    mean = _load_row(mean_ptr, latent * D, column, D, BLOCK, TILES, dtype)
-    square = _load_row(square_ptr, latent * D, column, D, BLOCK, TILES, dtype)
+    weight = _load_row(weight_ptr, latent * D, column, DIRECT, D, BLOCK, TILES, dtype)
+    mean = _load_row(mean_ptr, latent * D, column, DIRECT, D, BLOCK, TILES, dtype)
+    square = _load_row(square_ptr, latent * D, column, DIRECT, D, BLOCK, TILES, dtype)
     return weight, mean, square
 
 
@@ -237,8 +250,7 @@ def _store_low_memory(
     beta1, beta2, D: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """What `_adam_low_memory` returns rounded and stored, see `topkapi.ops.low_memory`; the rounded weight."""
-    mean_max = _row_max(mean, TILES)
-    root_max = _row_max(root, TILES)
+    mean_max, root_max = _row_maxima(mean, root, TILES)
     tl.store(mean_scale_ptr + latent, mean_max * (1 - beta1))
     tl.store(square_scale_ptr + latent, root_max * root_max * (1 - beta2))
     # no rounding error may lead to code 128 or 256: the largest mean comes out a little below 127^2, the largest root
@@ -252,9 +264,9 @@ def _store_low_memory(
         in_d = (c < D) | (D % BLOCK == 0)
         first, second = _random_bits(latent + first_latent, c, key)
         words = weight[t].to(tl.uint32, bitcast=True) + (first >> 16)
-        value = (words & 0xFFFF0000).to(tl.float32, bitcast=True)
-        rounded = rounded + (value,)
-        tl.store(weight_ptr + latent * D + c, value.to(tl.bfloat16), mask=in_d, eviction_policy="evict_first")
+        rounded = rounded + ((words & 0xFFFF0000).to(tl.float32, bitcast=True),)
+        value = (words >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        tl.store(weight_ptr + latent * D + c, value, mask=in_d, eviction_policy="evict_first")
         code = _encode_mean(mean[t], mean_factor, first)
         tl.store(mean_ptr + latent * D + c, code, mask=in_d, eviction_policy="evict_first")
         code = _encode_square(root[t] * root_factor, second)
@@ -279,9 +291,7 @@ def _adam(acc, weight, mean, square, rate, beta1, beta2, eps, correction, TILES:
 
 @triton.jit
 def _unit_norm(row, TILES: tl.constexpr):
-    squares = tl.sum(row[0] * row[0], 0)
-    for t in tl.static_range(1, TILES):
-        squares += tl.sum(row[t] * row[t], 0)
+    squares = _dot(row, row, TILES)
     factor = 1 / tl.sqrt(tl.where(squares > 0, squares, 1.0))  # a row of zeros stays
     out = ()
     for t in tl.static_range(TILES):
@@ -294,18 +304,21 @@ def _update(
     values_ptr, pairs_ptr, offsets_ptr, rows_ptr, sums_ptr, subset_ptr, position_ptr, grad_scale_ptr,
     weight_ptr, mean_ptr, square_ptr, ema_ptr, working_ptr, mean_scale_ptr, square_scale_ptr,
     rate, beta1, beta2, eps, correction, ema_step, key, first_latent,
-    UNIT_NORM: tl.constexpr, D: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr,
+    UNIT_NORM: tl.constexpr, DIRECT: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     latent = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK * TILES
+    column = 0 if D <= BLOCK * TILES else tl.program_id(1) * BLOCK * TILES
     offset = latent * D
     dtype: tl.constexpr = tl.float64 if weight_ptr.dtype.element_ty == tl.float64 else tl.float32
+    if mean_scale_ptr is not None:
+        mean_scale = tl.load(mean_scale_ptr + latent)
+        square_scale = tl.load(square_scale_ptr + latent)
     acc = row_gradient(
         values_ptr, pairs_ptr, offsets_ptr, rows_ptr, sums_ptr, subset_ptr, position_ptr, latent, column,
-        D, K, SPLIT, BLOCK, TILES, R, dtype,
+        DIRECT, D, K, SPLIT, BLOCK, TILES, R, dtype,
     )  # fmt: skip
-    weight, mean, square = _load_state(weight_ptr, mean_ptr, square_ptr, latent, column, D, BLOCK, TILES, dtype)
+    weight, mean, square = _load_state(weight_ptr, mean_ptr, square_ptr, latent, column, DIRECT, D, BLOCK, TILES, dtype)
     if UNIT_NORM:
         acc = _projected(acc, weight, TILES)
     if grad_scale_ptr is not None:
@@ -315,8 +328,6 @@ def _update(
             scaled = scaled + (acc[t] * grad_scale,)
         acc = scaled
     if mean_scale_ptr is not None:
-        mean_scale = tl.load(mean_scale_ptr + latent)
-        square_scale = tl.load(square_scale_ptr + latent)
         weight, mean, root = _adam_low_memory(
             acc, weight, mean, square, mean_scale, square_scale, rate, beta1, beta2, eps, correction, TILES
         )
@@ -337,7 +348,7 @@ def _update(
     if working_ptr is not None:
         _store_row(working_ptr, offset, column, weight, D, BLOCK, TILES)
     if ema_ptr is not None:
-        ema = _load_row(ema_ptr, offset, column, D, BLOCK, TILES, dtype)
+        ema = _load_row(ema_ptr, offset, column, DIRECT, D, BLOCK, TILES, dtype)
         averaged = ()
         for t in tl.static_range(TILES):
             averaged = averaged + (ema[t] + ema_step * (weight[t] - ema[t]),)
@@ -347,18 +358,15 @@ def _update(
 @triton.jit
 def _squares(
     values_ptr, pairs_ptr, offsets_ptr, rows_ptr, sums_ptr, subset_ptr, position_ptr, weight_ptr, out_ptr,
-    PROJECT: tl.constexpr, D: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
-    TILES: tl.constexpr, R: tl.constexpr,
+    PROJECT: tl.constexpr, DIRECT: tl.constexpr, D: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     latent = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     acc = row_gradient(
         values_ptr, pairs_ptr, offsets_ptr, rows_ptr, sums_ptr, subset_ptr, position_ptr, latent, 0,
-        D, K, SPLIT, BLOCK, TILES, R, dtype,
+        DIRECT, D, K, SPLIT, BLOCK, TILES, R, dtype,
     )  # fmt: skip
     if PROJECT:
-        acc = _projected(acc, _load_row(weight_ptr, latent * D, 0, D, BLOCK, TILES, dtype), TILES)
-    squares = tl.sum(acc[0] * acc[0], 0)
-    for t in tl.static_range(1, TILES):
-        squares += tl.sum(acc[t] * acc[t], 0)
-    tl.store(out_ptr + latent, squares)
+        acc = _projected(acc, _load_row(weight_ptr, latent * D, 0, DIRECT, D, BLOCK, TILES, dtype), TILES)
+    tl.store(out_ptr + latent, _dot(acc, acc, TILES))

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from topkapi.errors import TopkapiError
+from topkapi.ops.kernels.screen import is_hopper
 from topkapi.ops.reference import LatentOrder, RowGradient
 
 SPLIT = 128  # pairs in a block; 8 latents on a third of 65 536 tokens are then 1 366 blocks, several a multiprocessor
@@ -85,6 +86,7 @@ class Parts:
         self.launch = {"num_warps": num_warps}
         values, order, rows = gradient.values, gradient.order, gradient.rows
         self.constants = {
+            "DIRECT": is_hopper((gradient.subset_rows if rows is None else rows).device),
             "D": d_model,
             "K": 1 if values is None else values.shape[1],
             "SPLIT": SPLIT,
@@ -172,15 +174,39 @@ def fired(values: Float[Tensor, "n k"], order: LatentOrder) -> Bool[Tensor, " n_
 
 
 @triton.jit
-def add_rows(acc, weights, rows, column, inside, in_d, D: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr):
-    """`acc` plus R rows, each times its weight. `rows` points to their first columns; `inside` masks them."""
+def add_rows(
+    acc, weights, rows, column, in_d,
+    DIRECT: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """`acc` plus R rows, whose first columns `rows` points to, each times its weight."""
+    c = column + tl.arange(0, BLOCK)
+    found = ()
+    for r in tl.static_range(R):  # all asked for before the first is used
+        for t in tl.static_range(TILES):
+            at = rows[r] + c + t * BLOCK
+            if D % (BLOCK * TILES) == 0:
+                x = tl.load(at, eviction_policy="evict_last")
+            else:
+                x = tl.load(at, mask=in_d[t], other=0.0, eviction_policy="evict_last")
+            found = found + (x,)
     out = ()
     for t in tl.static_range(TILES):
-        c = column + t * BLOCK + tl.arange(0, BLOCK)
-        mask = inside[:, None] & in_d[t][None, :]
-        x = tl.load(rows[:, None] + c[None, :], mask=mask, other=0.0, eviction_policy="evict_last")  # (R, BLOCK)
-        out = out + (acc[t] + tl.sum(x.to(weights.dtype) * weights[:, None], 0),)
+        total = acc[t]
+        for r in tl.static_range(R):
+            total += widened(found[r * TILES + t], DIRECT, total.dtype) * weights[r]
+        out = out + (total,)
     return out
+
+
+@triton.jit
+def widened(x, DIRECT: tl.constexpr, dtype: tl.constexpr):
+    """`x.to(dtype)`; Triton's own way from bf16 takes two instructions for each second number."""
+    if DIRECT and x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [x], dtype=tl.float32, is_pure=True, pack=2
+        )
+    else:  # noqa: RET505 - the branch not taken must not be compiled
+        return x.to(dtype)
 
 
 @triton.jit
@@ -195,10 +221,17 @@ def no_rows(column, D: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, d
 
 
 @triton.jit
+def _pair(first_ptr, j, own, head, gap):
+    """A latent's pair number j of those outside of whole blocks; beyond the last the last again."""
+    j = tl.minimum(j, own - 1)
+    return tl.load(first_ptr + tl.where(j < head, j, j + gap), mask=own > 0, other=0)
+
+
+@triton.jit
 def row_gradient(
     values_ptr, pairs_ptr, offsets_ptr, rows_ptr, sums_ptr, subset_ptr, position_ptr, latent, column,
-    D: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr,
-    dtype: tl.constexpr,
+    DIRECT: tl.constexpr, D: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+    TILES: tl.constexpr, R: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one latent's row from `column` on, as a tuple of TILES blocks."""
     acc, in_d = no_rows(column, D, BLOCK, TILES, dtype)
@@ -210,19 +243,29 @@ def row_gradient(
         whole = last > first
         head = tl.where(whole, first * SPLIT, stop) - start
         gap = tl.where(whole, (last - first) * SPLIT, 0)
-        for j0 in range(0, stop - start - gap, R):
-            j = j0 + tl.arange(0, R)
-            inside = j < stop - start - gap
-            pair = tl.load(pairs_ptr + start + tl.where(j < head, j, j + gap), mask=inside, other=0)
-            weights = tl.load(values_ptr + pair, mask=inside, other=0.0).to(dtype)
-            rows = rows_ptr + (pair // K).to(tl.int64) * D
-            acc = add_rows(acc, weights, rows, column, inside, in_d, D, BLOCK, TILES)
+        own = stop - start - gap
+        pairs = ()
+        for r in tl.static_range(R):
+            pairs = pairs + (_pair(pairs_ptr + start, r, own, head, gap),)
+        for j in range(0, own, R):
+            weights = ()
+            rows = ()
+            more = ()
+            for r in tl.static_range(R):
+                rows = rows + (rows_ptr + (pairs[r].to(tl.uint32) // K).to(tl.int64) * D,)
+                weights = weights + (tl.load(values_ptr + pairs[r], mask=j + r < own, other=0.0).to(dtype),)
+            for r in tl.static_range(R):  # asked for while the rows are on their way
+                more = more + (_pair(pairs_ptr + start, j + R + r, own, head, gap),)
+            acc = add_rows(acc, weights, rows, column, in_d, DIRECT, D, BLOCK, TILES, R)
+            pairs = more
         if whole:
-            for b0 in range(first, last, R):
-                b = b0 + tl.arange(0, R)
-                inside = b < last
-                ones = tl.full((R,), 1.0, dtype)
-                acc = add_rows(acc, ones, sums_ptr + b.to(tl.int64) * D, column, inside, in_d, D, BLOCK, TILES)
+            for b in range(first, last, R):
+                weights = ()
+                rows = ()
+                for r in tl.static_range(R):
+                    weights = weights + (tl.where(b + r < last, 1.0, 0.0).to(dtype),)
+                    rows = rows + (sums_ptr + tl.minimum(b + r, last - 1).to(tl.int64) * D,)
+                acc = add_rows(acc, weights, rows, column, in_d, DIRECT, D, BLOCK, TILES, R)
     if subset_ptr is not None:
         place = latent
         if position_ptr is not None:
@@ -240,12 +283,13 @@ def row_gradient(
 @triton.jit
 def _row_sums(
     values_ptr, pairs_ptr, offsets_ptr, rows_ptr, sums_ptr, subset_ptr, position_ptr, out_ptr, start,
-    D: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr,
+    DIRECT: tl.constexpr, D: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+    TILES: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     latent = start + tl.program_id(0).to(tl.int64)
     acc = row_gradient(
         values_ptr, pairs_ptr, offsets_ptr, rows_ptr, sums_ptr, subset_ptr, position_ptr, latent, 0,
-        D, K, SPLIT, BLOCK, TILES, R, out_ptr.dtype.element_ty,
+        DIRECT, D, K, SPLIT, BLOCK, TILES, R, out_ptr.dtype.element_ty,
     )  # fmt: skip
     for t in tl.static_range(TILES):
         c = t * BLOCK + tl.arange(0, BLOCK)
@@ -255,7 +299,8 @@ def _row_sums(
 @triton.jit
 def _block_sums(
     values_ptr, pairs_ptr, latents_ptr, rows_ptr, sums_ptr, n_latents,
-    D: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr,
+    DIRECT: tl.constexpr, D: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+    TILES: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """The sum of a block of SPLIT sorted pairs if they are all of one latent; pairs of nobody come last."""
     block = tl.program_id(0)
@@ -265,11 +310,14 @@ def _block_sums(
     if (first == tl.load(latents_ptr + start + SPLIT - 1)) & (first < n_latents):
         dtype: tl.constexpr = sums_ptr.dtype.element_ty
         acc, in_d = no_rows(column, D, BLOCK, TILES, dtype)
-        for j0 in range(0, SPLIT, R):
-            pair = tl.load(pairs_ptr + start + j0 + tl.arange(0, R))
-            weights = tl.load(values_ptr + pair).to(dtype)
-            rows = rows_ptr + (pair // K).to(tl.int64) * D
-            acc = add_rows(acc, weights, rows, column, tl.full((R,), 1, tl.int1), in_d, D, BLOCK, TILES)
+        for j in range(0, SPLIT, R):
+            weights = ()
+            rows = ()
+            for r in tl.static_range(R):
+                pair = tl.load(pairs_ptr + start + j + r)
+                rows = rows + (rows_ptr + (pair.to(tl.uint32) // K).to(tl.int64) * D,)
+                weights = weights + (tl.load(values_ptr + pair).to(dtype),)
+            acc = add_rows(acc, weights, rows, column, in_d, DIRECT, D, BLOCK, TILES, R)
         for t in tl.static_range(TILES):
             c = column + t * BLOCK + tl.arange(0, BLOCK)
             tl.store(sums_ptr + block.to(tl.int64) * D + c, acc[t], mask=in_d[t])
