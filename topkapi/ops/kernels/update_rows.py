@@ -11,6 +11,9 @@ parameter: 26 bytes (weight, mean and square in float32, a bf16 copy), 34 with t
 gathered rows. Encoder and decoder are separate launches, each gathering from one array of rows: the level-2 cache holds
 half of one at 65 536 tokens of width 768, and state passes by it with the hint to be evicted first.
 
+Offsets, pairs, values and gathered rows are found one after another. Wide rows of weight and moments are asked for
+before that, into the level-2 cache, which takes no registers.
+
 Where a row needs no sum over all its columns (the encoder in float32) it may also be cut into slices, all latents of
 one slice before those of the next: the slice of the gathered rows then fits the cache.
 
@@ -30,7 +33,8 @@ from topkapi.ops import low_memory, reference
 from topkapi.ops.kernels.weight_gradients import Parts, row_gradient, sum_dtype, widened
 from topkapi.ops.reference import AdamStep, RowGradient, RowState
 
-WIDE = 2048  # from this d_model on a low-memory row is shared by more warps: their registers are what is short
+WIDE = 2048  # from this d_model on a low-memory row is shared by more warps, whose registers are what is short, and
+# rows of state are asked for ahead
 LOW_MEMORY_WIDE = {"pairs": 2, "columns_a_warp": 512}
 
 
@@ -72,9 +76,16 @@ def update_rows_(
         key,
         step.first_latent,
         UNIT_NORM=step.unit_norm,
+        AHEAD=_fetched_ahead(state, d_model, parts),
         **parts.constants,
         **parts.launch,
     )
+
+
+def _fetched_ahead(state: RowState, d_model: int, parts: Parts) -> bool:
+    """Whether a row's state is asked for while its gradient is gathered: wide rows, aligned as the copy wants them."""
+    aligned = d_model % 16 == 0 and all(t.data_ptr() % 16 == 0 for t in (state.weight, state.mean, state.square))
+    return aligned and d_model >= WIDE and parts.slices == 1 and parts.constants["DIRECT"]
 
 
 @torch.no_grad()
@@ -90,6 +101,25 @@ def gradient_squares(
             *parts.pointers, weight.contiguous(), squares, PROJECT=project, **parts.constants, **parts.launch
         )
     return squares.sum(dtype=torch.float64)
+
+
+ASK_FOR_BYTES = tl.constexpr("""{
+    .reg .pred p;
+    .reg .b32 t;
+    mov.u32 t, %tid.x;
+    setp.eq.u32 p, t, 0;
+    @p cp.async.bulk.prefetch.L2.global [$1], $2;
+    mov.u32 $0, 0;
+}""")
+
+
+@triton.jit
+def _ask_for_row(ptr, offset, D: tl.constexpr):
+    """Ask for a row to be brought into the L2 cache."""
+    n_bytes: tl.constexpr = D * ptr.dtype.element_ty.primitive_bitwidth // 8
+    tl.inline_asm_elementwise(
+        ASK_FOR_BYTES, "=r,l,r", [(ptr + offset).to(tl.int64), n_bytes], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -304,13 +334,17 @@ def _update(
     values_ptr, pairs_ptr, offsets_ptr, rows_ptr, sums_ptr, subset_ptr, position_ptr, grad_scale_ptr,
     weight_ptr, mean_ptr, square_ptr, ema_ptr, working_ptr, mean_scale_ptr, square_scale_ptr,
     rate, beta1, beta2, eps, correction, ema_step, key, first_latent,
-    UNIT_NORM: tl.constexpr, DIRECT: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
+    UNIT_NORM: tl.constexpr, AHEAD: tl.constexpr, DIRECT: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     latent = tl.program_id(0).to(tl.int64)
     column = 0 if D <= BLOCK * TILES else tl.program_id(1) * BLOCK * TILES
     offset = latent * D
     dtype: tl.constexpr = tl.float64 if weight_ptr.dtype.element_ty == tl.float64 else tl.float32
+    if AHEAD:
+        _ask_for_row(weight_ptr, offset, D)
+        _ask_for_row(mean_ptr, offset, D)
+        _ask_for_row(square_ptr, offset, D)
     if mean_scale_ptr is not None:
         mean_scale = tl.load(mean_scale_ptr + latent)
         square_scale = tl.load(square_scale_ptr + latent)
