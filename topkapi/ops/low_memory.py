@@ -10,9 +10,10 @@ smaller than a step, such as the 0.1 % that the squares decay by, are kept on av
 as the mean divided by its root would be without bound; it is rounded up to 1 instead, which only makes steps smaller.
 
 Random numbers are a hash of (row, column, key), with a key for each weight and step: the same run gives the same bits,
-in any order of execution and on any device. One hash serves all three roundings of an element, as the kernel computes
-for as long as it loads: 16 bits for the weight, 16 for the mean, and a product of them for the square. 8 bits would be
-too few for a square, whose decay by 0.1 % is less than a 256th of a step.
+in any order of execution and on any device. One hash serves four columns, whose numbers are it times powers of a
+constant, and all three roundings of an element, as the kernel computes for longer than it loads: 16 bits for the
+weight, 16 for the mean, and a product of them for the square. 8 bits would be too few for a square, whose decay by
+0.1 % is less than a 256th of a step.
 
 Source: block-wise 8-bit state, Dettmers et al. 2022 (arXiv 2110.02861); the mixing function is Chris Wellons'
 "lowbias32" (https://nullprogram.com/blog/2018/07/31/).
@@ -25,6 +26,7 @@ from torch import Tensor
 MEAN_LEVELS = 127
 SQUARE_LEVELS = 255
 COLUMN_STEP = 0x9E3779B9  # 2^32 over the golden ratio: neighbouring columns start far apart
+NEIGHBOUR = 0x297A2D39  # odd: a column's number is its left neighbour's times this within the four that share a hash
 SECOND = 0xC2B2AE3D  # odd: the second number of an element is its first times this, of which the high bits are used
 _WORD = 0xFFFFFFFF
 
@@ -48,13 +50,15 @@ def random_bits(
 ) -> tuple[Int[Tensor, "rows d_model"], Int[Tensor, "rows d_model"]]:
     """Two 32-bit numbers for each element of rows start..stop, as int64.
 
-    The two halves of the first and the high bits of the second are independent in pairs. Rows are mixed in full,
-    columns by `mix` without its last step, which only improves lowest bits.
+    The two halves of the first and the high bits of the second are independent in pairs, also those of neighbouring
+    columns. Rows are mixed in full, columns by `mix` without its last step, which only improves lowest bits.
     """
-    rows = mix(torch.arange(start, stop, device=device) ^ key)
-    x = (rows[:, None] + torch.arange(d_model, device=device) * COLUMN_STEP) & _WORD
+    rows, columns = mix(torch.arange(start, stop, device=device) ^ key), torch.arange(d_model, device=device)
+    x = (rows[:, None] + (columns >> 2) * COLUMN_STEP) & _WORD
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
     first = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD
+    first = torch.where((columns & 1) == 0, first, (first * NEIGHBOUR) & _WORD)
+    first = torch.where((columns & 2) == 0, first, (first * (NEIGHBOUR**2 & _WORD)) & _WORD)
     return first, (first * SECOND) & _WORD
 
 

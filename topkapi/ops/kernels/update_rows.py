@@ -186,9 +186,11 @@ def _mix(x):
 def _random_bits(latent, c, key):
     """See `topkapi.ops.low_memory.random_bits`."""
     row = _mix(latent.to(tl.uint32) ^ (key.to(tl.uint32) + tl.zeros_like(c).to(tl.uint32)))
-    x = row + c.to(tl.uint32) * 0x9E3779B9
+    x = row + (c >> 2).to(tl.uint32) * 0x9E3779B9
     x = (x ^ (x >> 16)) * 0x7FEB352D
     first = (x ^ (x >> 15)) * 0x846CA68B
+    first = tl.where((c & 1) == 0, first, first * 0x297A2D39)
+    first = tl.where((c & 2) == 0, first, first * 0x645116B1)  # which is known of each register: no select is left
     return first, first * 0xC2B2AE3D
 
 
