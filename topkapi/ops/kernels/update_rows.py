@@ -33,9 +33,10 @@ from topkapi.ops import low_memory, reference
 from topkapi.ops.kernels.weight_gradients import Parts, row_gradient, sum_dtype, widened
 from topkapi.ops.reference import AdamStep, RowGradient, RowState
 
-WIDE = 2048  # from this d_model on a low-memory row is shared by more warps, whose registers are what is short, and
-# rows of state are asked for ahead
-LOW_MEMORY_WIDE = {"pairs": 2, "columns_a_warp": 512}
+# From this d_model on rows of state are asked for ahead, and fewer pairs of a low-memory row are gathered at a time:
+# registers are what is short.
+WIDE = 2048
+LOW_MEMORY_WIDE = {"pairs": 2}
 
 
 @torch.no_grad()
