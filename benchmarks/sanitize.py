@@ -16,7 +16,7 @@ from topkapi.ops.normalise import normalise
 from topkapi.optim import Optimizer
 from topkapi.step import topk_step
 
-SHAPES = ((100, 5_000, 48, 8), (33, 4_100, 272, 40), (7, 900, 21, 5))  # n, n_latents, d_model, k
+SHAPES = ((100, 5_000, 48, 8), (33, 4_100, 272, 40), (7, 900, 21, 5), (9, 500, 2_064, 4))  # n, n_latents, d_model, k
 
 
 def steps(n: int, n_latents: int, d_model: int, k: int, precision: str, state: str) -> None:
