@@ -89,7 +89,7 @@ def timeline(stepper: Stepper) -> list[dict[str, Any]]:
     """Kernels of two steps: name, stream, start and length in microseconds."""
     stepper.step()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as found:
         stepper.mesh.gather_objects(None)  # so that no process waits for the other's profiler
         stepper.step()
         stepper.step()

@@ -75,7 +75,7 @@ def profile_steps(workload: Workload, steps: int = 3) -> list[Kernel]:
     workload.span = record_function
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     try:
-        with profile(activities=activities) as found:
+        with profile(activities=activities, acc_events=True) as found:
             for _ in range(steps):
                 workload.step()
             synchronize(workload.device)
