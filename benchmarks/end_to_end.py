@@ -35,7 +35,7 @@ from torch import Tensor
 from topkapi.config import AuxKConfig, DataConfig, EvalConfig, LanguageModelConfig, ModelConfig, TrainConfig
 from topkapi.console import say
 from topkapi.data.pipeline import open_batches
-from topkapi.demo import evaluate_run
+from topkapi.evaluation import evaluate_run
 from topkapi.ops import implementation
 from topkapi.ops.normalise import normalise
 from topkapi.published import CONFIG, commit

@@ -66,8 +66,8 @@ class Tiles(NamedTuple):
 
 
 TILES = {2: Tiles(128, 256, 64, 8, 3, 8), 1: Tiles(128, 256, 128, 8, 4, 12)}  # by bytes of an operand
-# On Hopper from this d_model on: more is fetched ahead, and rows' tiles of 32 MB stay in the cache, not 8
-WIDE, WIDE_TILES = 2048, {2: Tiles(128, 256, 64, 8, 4, 32), 1: TILES[1]}
+# On Hopper from this d_model on: more is fetched ahead, and rows' tiles of 16 MB stay in the cache, not 8
+WIDE, WIDE_TILES = 2048, {2: Tiles(128, 256, 64, 8, 4, 16), 1: TILES[1]}
 BOUND_GROUPS = 1024  # of a row's sample, a warp
 BOUND_BLOCK = 16  # kept groups of the sample at a time
 SELECT_WARPS = 4  # at d_model 768, k 32, 131 072 latents; more from 128 values a thread on
