@@ -69,6 +69,15 @@ def test_a_block_is_the_same_bits_whenever_it_is_computed(live, lm, splits, conf
     assert not torch.equal(other[2].positions, first.positions)
 
 
+def test_how_many_rows_a_block_has_is_known_before(live, lm, splits, config, tmp_path):
+    rows = [len(live[i].x) for i in range(len(live))]
+    assert [live.most_rows(i) for i in range(len(live))] == rows
+    cached = CachedBlocks.build(live, tmp_path / "cache")
+    assert [cached.most_rows(i) for i in range(len(cached))] == rows
+    fewer = LiveBlocks(lm, splits.train, replace(config, max_norm_ratio=1.0001))
+    assert fewer.most_rows(0) == rows[0] > len(fewer[0].x)
+
+
 def test_outlier_norms_are_left_out(lm, splits, config):
     ids = np.arange(20)
     everything, _ = harvest(lm, splits.train, ids, config)

@@ -73,6 +73,10 @@ class Blocks(Protocol):
 
     def __getitem__(self, i: int) -> Block: ...
 
+    def most_rows(self, i: int) -> int:
+        """Rows of block i, known before it is computed; fewer if some are left out for their norms."""
+        ...
+
     @property
     def counts(self) -> HarvestCounts: ...
 
@@ -228,6 +232,11 @@ class LiveBlocks:
     def __getitem__(self, i: int) -> Block:
         return self.harvest(i)[0]
 
+    def most_rows(self, i: int) -> int:
+        """Rows of block i but for those that will be left out for their norms."""
+        tokens = self.token_file.context_tokens(self.groups[i], self.config.context)
+        return int(kept_positions(tokens, self.config, self.lm.special_ids).sum())
+
     def harvest(self, i: int, advance: Callable[[int], object] = lambda _: None) -> tuple[Block, HarvestCounts]:
         """Block i and what was left out of it."""
         block, counts = harvest(self.lm, self.token_file, self.groups[i], self.config, advance, self.mesh)
@@ -296,6 +305,10 @@ class CachedBlocks:
 
     def __len__(self) -> int:
         return len(self._blocks)
+
+    def most_rows(self, i: int) -> int:
+        """Rows of block i."""
+        return self._blocks[i]["rows"]
 
     def __getitem__(self, i: int) -> Block:
         """Block i, on the CPU. Its bytes are read once, so what was verified is what is used."""

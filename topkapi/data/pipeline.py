@@ -173,8 +173,12 @@ class BatchesAhead(ShuffledBatches):
         """In the thread: a block and its order on the device; `x` where that block is in memory already."""
         wait(after)
         with self._reading.in_use():
+            # before the block, while the device works off the steps behind: drawing it takes milliseconds of the CPU
+            order = self._order(epoch, number, self.blocks.most_rows(number) if x is None else len(x))
             x = to_device(self._read(number), self.device) if x is None else x
-            order = to_device(self._order(epoch, number, len(x)), self.device)
+            if len(order) != len(x):
+                order = self._order(epoch, number, len(x))
+            order = to_device(order, self.device)
         wait(self._reading.now())
         return Opened(epoch, number, x, order)
 
