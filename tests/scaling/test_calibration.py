@@ -25,7 +25,7 @@ def off(found):
 
 def test_the_preset_explains_every_measured_step_and_part():
     found = off(errors(MEASURED, H200))
-    assert len(found) == 56
+    assert len(found) == 63
     assert median(found) < 0.03
     assert max(found) < 0.2  # sorting, 0.1 ms
 
@@ -37,9 +37,9 @@ def test_memory_is_what_was_measured():
 
 
 def test_the_largest_dictionary_is_extrapolated():
-    """16 M latents on one H200, which no rate was fitted to: 470.1 ms and 98.2 GiB measured."""
+    """16 M latents on one H200, which no rate was fitted to: 455.4 ms and 98.2 GiB measured."""
     job = Job(n_latents=2**24, d_model=768, k=64, batch_tokens=8192, state="low_memory", ema=False)
-    assert step_time(job, Layout(), H200).seconds == pytest.approx(0.4701, rel=0.05)
+    assert step_time(job, Layout(), H200).seconds == pytest.approx(0.4554, rel=0.05)
     assert total(memory(job, Layout())) == pytest.approx(98.2 * 2**30, rel=0.01)
 
 

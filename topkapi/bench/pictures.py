@@ -8,6 +8,7 @@ from topkapi.bench.cases import Case
 from topkapi.files import write_atomic
 
 OURS, PEERS, CEILING = "#1f6fb4", "#b9b9b9", "#222222"
+PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # behind a number that a line would cross
 
 
 def draw(found: dict[str, Any], out: Path) -> None:
@@ -40,7 +41,7 @@ def _draw_rates(plt: Any, found: dict[str, Any], path: Path) -> None:
         names, rates, ours, ceilings = zip(*rows, strict=True)
         places = range(len(rows))
         drawn = axis.barh(places, rates, color=[OURS if mine else PEERS for mine in ours])
-        axis.bar_label(drawn, [f"{rate:,.0f}" if rate else "" for rate in rates], padding=3)
+        axis.bar_label(drawn, [f"{rate:,.0f}" if rate else "" for rate in rates], padding=5, zorder=3, bbox=PAPER)
         for place, ceiling in zip(places, ceilings, strict=True):
             if ceiling:
                 axis.plot([ceiling, ceiling], [place - 0.4, place + 0.4], color=CEILING, linewidth=2)
