@@ -3,8 +3,8 @@
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/sanitize.py
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck python benchmarks/sanitize.py
 
-Without PyTorch's cache of memory an access beyond a tensor leaves its allocation, and is seen. racecheck reports kernels of
-cuBLAS as well (nvjet_...), which are not this project's.
+Without PyTorch's cache of memory an access beyond a tensor leaves its allocation, and is seen. racecheck reports
+kernels of cuBLAS as well (nvjet_...), which are not this project's.
 """
 
 import torch
