@@ -173,19 +173,20 @@ def _too_large(job: Job, gpu: Hardware, search: Search) -> str:
             f"{search.n_gpus} GPUs can divide neither {job.n_latents:,} latents nor {job.batch_tokens:,} tokens among "
             "them: take another number of GPUs, or make --batch-tokens a multiple of it."
         )
+    smaller = "" if job.state == "low_memory" else "--state low_memory, "
+    smaller += "--no-ema, " if job.ema else ""
     usable = gpu.memory * gpu.usable
     kept = min(sum(weights_and_state(job, one.rank.latents, one.rank.owned_latents).values()) for one in tried)
     if kept < usable:
         least = min(tried, key=lambda one: total(one.memory))
         return (
             f"{search.n_gpus} {gpu.name}: weights and state take {bytes_text(kept)} a GPU at least, of which it has "
-            f"{bytes_text(usable)} to use, and not one token fits beside them ({least.mesh}). Take more GPUs, "
-            "--state low_memory or fewer latents."
+            f"{bytes_text(usable)} to use, and not one token fits beside them ({least.mesh}). Take {smaller}"
+            "more GPUs or fewer latents."
         )
     everything = sum(weights_and_state(job, job.n_latents).values())
-    advice = "" if job.state == "low_memory" else "--state low_memory, "
     return (
         f"{search.n_gpus} {gpu.name} are too few: weights and state take {bytes_text(everything)}, "
-        f"{bytes_text(kept)} a GPU at least, of which it has {bytes_text(usable)} to use. Take {advice}fewer latents, "
+        f"{bytes_text(kept)} a GPU at least, of which it has {bytes_text(usable)} to use. Take {smaller}fewer latents, "
         f"or more than {int(everything / usable)} GPUs."
     )
