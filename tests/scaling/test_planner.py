@@ -165,7 +165,7 @@ def test_a_batch_that_fits_in_no_micro_batches_is_cut_to_one_that_does():
 def test_too_little_memory_is_explained():
     with pytest.raises(TopkapiError, match=r"8 H100 are too few: weights and state take 7.42 TB, .*--state low_memory"):
         plans(PAPER, H100, Search(n_gpus=8))
-    with pytest.raises(TopkapiError, match="to use. Take --no-ema, fewer latents, or more than"):
+    with pytest.raises(TopkapiError, match="Take --no-ema, fewer latents, or more than"):
         plans(replace(PAPER, state="low_memory"), H100, Search(n_gpus=8))
     with pytest.raises(TopkapiError, match="can divide neither"):
         plans(Job(n_latents=10, d_model=4, k=2, batch_tokens=10), H100, Search(n_gpus=11))
