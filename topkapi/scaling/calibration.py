@@ -17,7 +17,7 @@ from topkapi.scaling.hardware import Hardware, Rates
 from topkapi.scaling.shapes import Job, Layout, rank_of
 from topkapi.scaling.step_time import Amounts, added, compute, step_time
 
-DRAWN = 0.003  # weight of the known GPU against one measured part
+DRAWN = 0.1  # weight of the known GPU against one measured part
 STEP = "whole step"
 RATES = tuple(f.name for f in fields(Rates))
 
