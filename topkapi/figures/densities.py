@@ -37,7 +37,7 @@ def figures(runs: Sequence[Run]) -> Iterator[Figure | LeftOut]:
     """Distributions over latents: in detail for a few runs, against n_latents, and how dense solutions are."""
     counted_runs = [run for run in runs if run.firings is not None]
     if not counted_runs:
-        yield LeftOut("densities and dense solutions", f"no run has counts of firings: {SUPPLY}")
+        yield LeftOut("densities and dense solutions", f"no run has counts of firings: {SUPPLY}", "densities")
         return
     described = {run.name: _describe(run.firings) for run in counted_runs}
     for run in _for_detail(counted_runs):
@@ -56,7 +56,9 @@ def figures(runs: Sequence[Run]) -> Iterator[Figure | LeftOut]:
     if groups:
         yield _by_size(_first_seeds(groups), described)
     else:
-        yield LeftOut("densities against n_latents", f"no k has counts at two n_latents: {SUPPLY}, of several sizes")
+        yield LeftOut(
+            "densities against n_latents", f"no k has counts at two n_latents: {SUPPLY}, of several sizes", "densities"
+        )
     yield _dense(topk)
 
 
@@ -275,7 +277,9 @@ def _dense(runs: Sequence[Run]) -> Figure | LeftOut:
         low, high = _sampling(mass, int(run.firings.n_fired.sum()))
         rows.append({"run": run, "measure": measure, "mass": mass, "low": low, "high": high})
     if not rows:
-        return LeftOut("dense solutions", f"no TopK run with counts has n_latents of at least d_model: {SUPPLY}")
+        return LeftOut(
+            "dense solutions", f"no TopK run with counts has n_latents of at least d_model: {SUPPLY}", "dense"
+        )
     return _draw_dense(rows, too_small)
 
 

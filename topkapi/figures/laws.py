@@ -30,6 +30,7 @@ def figures(runs: Sequence[Run]) -> Iterator[Figure | LeftOut]:
         yield LeftOut(
             "scaling laws",
             "TopK runs of at least two n_latents on the same text are needed: topkapi sweep with several --n-latents",
+            "laws",
         )
         return
     yield _laws(sorted(topk, key=lambda run: (run.k, run.n_latents, run.seed)))
