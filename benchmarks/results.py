@@ -99,7 +99,8 @@ def require_runs(folders: Sequence[Path], runs: Sequence[Run]) -> None:
 def kept_figures(arguments: argparse.Namespace, runs: Sequence[Run]) -> list[Drawn]:
     """The figures in --kept, but those of single runs, each with the site of its runs; "" for those of several."""
     kept, sites = arguments.kept, {run.name: site_of(run) for run in runs}
-    advice = f"Draw them of these folders: {command_line('figures', *arguments.folders, '--out', kept)}."
+    draw = command_line("figures", *arguments.folders, "--out", "NEW")
+    advice = f"Give all folders that the figures were drawn of, or draw these where their weights are: {draw}."
     paths = [path for path in sorted(kept.glob("*.json")) if not path.stem.startswith("densities-")]
     if not paths:
         raise TopkapiError(f"--kept {kept} has no figures, which topkapi figures writes as NAME.json. {advice}")

@@ -105,7 +105,7 @@ def test_kept_figures_of_other_runs_are_one_line(script, page, tmp_path, monkeyp
     folder = str(page.parent / "a")
     line = refused(script, monkeypatch, capsys, folder, "--kept", str(tmp_path / "kept"))
     assert said in line
-    assert line.endswith(f"Draw them of these folders: topkapi figures {folder} --out {tmp_path / 'kept'}.\n")
+    assert line.endswith(f"or draw these where their weights are: topkapi figures {folder} --out NEW.\n")
 
 
 def test_a_sweep_that_has_not_begun_is_one_line(script, page, tmp_path, monkeypatch, capsys):
