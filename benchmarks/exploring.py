@@ -36,7 +36,8 @@ DOSES = (0.25, 0.5, 1.0)  # times a case's multiple
 N_TEXTS = 4  # samples that are written down, clean and steered, at the largest dose
 N_CONTEXTS, N_VOTES = 6, 10  # of a steered latent: where it fires most strongly, and tokens that it votes for
 RATES = ("clean", "steered", "controls")
-COUNTED = (*RATES, "steered_less_controls", "steered_less_clean")
+LESS = ("steered_less_controls", "steered_less_clean")
+NONE_ACTIVE = "no latent is active"
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def steered(
             edits = [Edit(latent, "clamp", multiple * study.latent(latent).maximum)]
             controls = matched_controls(study, edits, arguments.controls)
             found = experiment(spliced, prompt, edits, controls, pattern, n, n_tokens, on_token=meter.advance)
-            numbers = {of: getattr(found, of)._asdict() | {"value": getattr(found, of).value} for of in COUNTED}
+            numbers = {of: getattr(found, of)._asdict() | {"value": getattr(found, of).value} for of in (*RATES, *LESS)}
             each = [rate.n for rate in found.each_control]
             doses.append({"multiple": multiple, "value": edits[0].value, "each_control": each} | numbers)
     pairs = sample(spliced, prompt, edits, N_TEXTS, n_tokens)  # the first of those counted
@@ -215,22 +216,26 @@ def table(found: list[dict]) -> str:
     """Markdown: a row a case."""
     lines = ["| case | metric | strongest by ablation | rank correlation with attribution |", "|---|---|---|---|"]
     for row in found:
-        best = int(np.argmax(np.abs(row["measured"])))
         r = row["rank_correlation"]
         shown = "undefined" if r is None else f"{r['value']:.2f} ({r['low']:.2f} to {r['high']:.2f}), n={r['n']}"
-        effect = f"{row['latents'][best]}: {row['measured'][best]:+.2f}, predicted {row['predicted'][best]:+.2f}"
+        effect = NONE_ACTIVE
+        if row["latents"]:
+            best = int(np.argmax(np.abs(row["measured"])))
+            effect = f"{row['latents'][best]}: {row['measured'][best]:+.2f}, predicted {row['predicted'][best]:+.2f}"
         lines.append(f"| {row['name']} | {row['metric']:+.2f} | {effect} | {shown} |")
     return "\n".join(lines) + "\n"
 
 
 def steering_table(experiments: list[dict]) -> str:
     """Markdown: a row a dose."""
-    lines = ["| steered | latent at | no edit | edit | controls | edit less controls |", "|---|---|---|---|---|---|"]
+    columns = ("steered", "latent at", "no edit", "edit", "controls", "edit less controls", "edit less no edit")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for one in experiments:
         for dose in one["doses"]:
             rates = " | ".join(f"{dose[n]['n']} of {dose[n]['of']}" for n in RATES)
-            d = dose["steered_less_controls"]
-            less = f"{d['value']:+.2f} ({d['low']:+.2f} to {d['high']:+.2f})"
+            less = " | ".join(
+                f"{dose[than]['value']:+.2f} ({dose[than]['low']:+.2f} to {dose[than]['high']:+.2f})" for than in LESS
+            )
             lines.append(f"| {one['name']} | {one['latent']} at {dose['multiple']:g}x | {rates} | {less} |")
     return "\n".join(lines) + "\n"
 
@@ -256,9 +261,12 @@ def draw(found: list[dict], path: Path) -> None:
     """Predicted against measured effects, a panel a case."""
     figure, panels = grid(len(found), "attribution (activation x gradient), logits", "effect of ablation, logits")
     for panel, row in zip(panels, found, strict=True):
-        ends = [min(*row["predicted"], *row["measured"]), max(*row["predicted"], *row["measured"])]
-        panel.plot(ends, ends, color="0.7", linewidth=1)
-        panel.scatter(row["predicted"], row["measured"], s=18)
+        if row["latents"]:
+            both = [*row["predicted"], *row["measured"]]
+            panel.plot([min(both), max(both)], [min(both), max(both)], color="0.7", linewidth=1)
+            panel.scatter(row["predicted"], row["measured"], s=18)
+        else:
+            panel.text(0.5, 0.5, NONE_ACTIVE, transform=panel.transAxes, ha="center")
         r = row["rank_correlation"]
         panel.set_title(f"{row['name']}: {'undefined' if r is None else format(r['value'], '.2f')}", fontsize=10)
         panel.grid(alpha=0.3)

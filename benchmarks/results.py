@@ -21,11 +21,11 @@ from typing import Any
 
 from PIL import Image
 
-from topkapi.figures import draw, modality
-from topkapi.figures.canvas import styled
+from topkapi.errors import TopkapiError, command_line
+from topkapi.figures import SUBJECTS, draw_runs, modality
 from topkapi.figures.commands import commands
-from topkapi.figures.figure import Figure, LeftOut, listed, save
-from topkapi.figures.sources import FAMILIES, SEED, Run, alike, grouped, read_folders
+from topkapi.figures.figure import Figure, listed
+from topkapi.figures.sources import FAMILIES, SEED, Run, alike, grouped, read_folders, told_apart
 from topkapi.files import write_text_atomic
 
 Drawn = dict[str, Any]
@@ -33,13 +33,6 @@ Drawn = dict[str, Any]
 
 PICTURES = ("decoder-norm", "densities", "dense", "laws", "error-l0", "progressive", "seeds")  # small ones
 LARGEST = 100_000  # bytes
-NEED = {
-    "progressive recovery": "progressive",
-    "refinement": "refinement",
-    "latents shared by seeds": "seeds",
-    "modes of activations": "modality",
-}
-"""Figures that need weights, studies or eval.json, by the name under which they are left out."""
 INTRODUCTION = """# Results
 
 What Gao et al. 2024, *Scaling and evaluating sparse autoencoders*, found on GPT-2 small and GPT-4, and whether runs of
@@ -58,9 +51,19 @@ def main() -> None:
         "--as", dest="named", nargs="*", default=[], help="OLD=NEW in the page's commands, such as paths"
     )
     arguments = parser.parse_args()
+    try:
+        write(arguments)
+    except TopkapiError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+def write(arguments: argparse.Namespace) -> None:
+    """Write the page and its pictures. Raises TopkapiError for folders, or kept figures, of which there is no page."""
     pictures, runs = arguments.page.with_suffix(""), read_folders(arguments.folders)
+    require_runs(arguments.folders, runs)
+    kept = kept_figures(arguments, runs) if arguments.kept else []
     with tempfile.TemporaryDirectory() as temporary:
-        drawn, left_out = drawn_by_site(arguments.folders, runs, Path(temporary), arguments.kept)
+        drawn, left_out = drawn_by_site(runs, Path(temporary), kept)
         shutil.rmtree(pictures, ignore_errors=True)
         pictures.mkdir(parents=True)
         for figure in drawn:
@@ -84,41 +87,64 @@ def made_by(arguments: argparse.Namespace) -> list[str]:
     return [f"topkapi figures {folders} --out figures", f"python benchmarks/results.py {folders} --kept figures"]
 
 
-def drawn_by_site(
-    folders: Sequence[Path], runs: Sequence[Run], out: Path, kept: Path | None
-) -> tuple[list[Drawn], list[str]]:
-    """Figures of each site's folders, those that compare sites, and those that were kept; what is left out, and why."""
-    sites: dict[str, list[Path]] = {}
-    for folder in folders:
-        (site,) = {run.settings["language_model.site"] for run in read_folders([folder])}
-        sites.setdefault(site, []).append(folder)
+def require_runs(folders: Sequence[Path], runs: Sequence[Run]) -> None:
+    """Raise TopkapiError for a folder that has none of the runs, as a sweep before its first point."""
+    have = {path.resolve() for run in runs for path in (run.folder, run.folder.parent)}
+    if empty := [str(folder) for folder in folders if folder.resolve() not in have]:
+        raise TopkapiError(
+            f"no run has begun in {listed(empty)}: run that topkapi sweep again, it goes on, or leave the folder out."
+        )
+
+
+def kept_figures(arguments: argparse.Namespace, runs: Sequence[Run]) -> list[Drawn]:
+    """The figures in --kept, but those of single runs, each with the site of its runs; "" for those of several."""
+    kept, sites = arguments.kept, {run.name: site_of(run) for run in runs}
+    draw = command_line("figures", *arguments.folders, "--out", "NEW")
+    advice = f"Give all folders that the figures were drawn of, or draw these where their weights are: {draw}."
+    paths = [path for path in sorted(kept.glob("*.json")) if not path.stem.startswith("densities-")]
+    if not paths:
+        raise TopkapiError(f"--kept {kept} has no figures, which topkapi figures writes as NAME.json. {advice}")
+    found = []
+    for path in paths:
+        try:
+            figure = load(path, "")
+            others = [name for name in figure["runs"] if name not in sites]
+        except (ValueError, TypeError, KeyError):
+            raise TopkapiError(f"--kept: {path} is no figure, or damaged. {advice}") from None
+        if others:
+            raise TopkapiError(f"--kept: {path} is of runs that the folders have not: {listed(others, 3)}. {advice}")
+        its_sites = {sites[name] for name in figure["runs"]}
+        found.append(figure | {"site": its_sites.pop() if len(its_sites) == 1 else ""})
+    return found
+
+
+def drawn_by_site(runs: Sequence[Run], out: Path, kept: Sequence[Drawn]) -> tuple[list[Drawn], list[str]]:
+    """Figures of each site's runs, those that compare sites, and kept ones of other names; what is left out, and why.
+
+    Runs are named within their site, but where sites are compared.
+    """
     drawn, left_out = [], []
-    for site, mine in sites.items():
-        figures, without = draw(mine, out / site)
-        own = [figure for figure in figures if figure.name != "modality" and not is_detail(figure, figures)]
+    one_site = [subject for subject in SUBJECTS if subject is not modality]
+    parts = [(site, told_apart(mine), one_site) for site, mine in grouped(runs, site_of).items()]
+    for site, mine, subjects in [*parts, ("", runs, [modality])]:
+        figures, without, _ = draw_runs(mine, out / site, subjects)
+        own = [figure for figure in figures if not is_detail(figure, figures)]
         drawn += [load(out / site / f"{figure.name}.json", site) for figure in own]
-        left_out += [(site, one) for one in without if one.name != "modes of activations"]
-    with styled():
-        for found in modality.figures(runs):
-            if isinstance(found, LeftOut):
-                left_out.append(("", found))
-            else:
-                save(found, out)
-                drawn.append(load(out / "modality.json", ""))
+        left_out += [(site, one) for one in without]
     have = {figure["name"] for figure in drawn}
-    site_of = {run.name: run.settings["language_model.site"] for run in runs}
-    for path in sorted(kept.glob("*.json")) if kept else ():
-        figure = load(path, "")
-        if figure["name"] not in have and not figure["name"].startswith("densities-"):
-            (*others, last) = {site_of[name] for name in figure["runs"]}
-            drawn.append(figure | {"site": "" if others else last})
+    drawn += [figure for figure in kept if figure["name"] not in have]
     there = {(figure["site"], figure["name"]) for figure in drawn}
     lines = [
         f"{site}, {one.name}: {one.why.rstrip('.')}.".removeprefix(", ")
         for site, one in left_out
-        if not {(site, NEED.get(one.name)), ("", NEED.get(one.name))} & there
+        if not {(site, one.figure), ("", one.figure)} & there
     ]
     return drawn, lines
+
+
+def site_of(run: Run) -> str:
+    """Stream and layer of the language model."""
+    return run.settings["language_model.site"]
 
 
 def is_detail(figure: Figure, figures: Sequence[Figure]) -> bool:

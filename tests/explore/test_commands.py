@@ -1,7 +1,7 @@
 """topkapi find and topkapi steer from the command line, on a tiny trained run.
 
 Mutations seen caught: predictions printed in place of measurements; a study of another autoencoder taken; two edits of
-one latent taken.
+one latent taken; a run's path with a space advised without quotes; a checksum that is missing read all the same.
 """
 
 import json
@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 
 import topkapi.explore
 from topkapi.cli import main
-from topkapi.errors import TopkapiError
+from topkapi.errors import TopkapiError, command_line
 from topkapi.evaluate.contexts import visible
 from topkapi.explore import Edit, attribute, measure, rank_correlation
-from topkapi.explore.finding import find
+from topkapi.explore.finding import find, study_of
 from topkapi.explore.prompts import encode, single_token, texts
 from topkapi.explore.writing import pattern_of
+from topkapi.published import read_config, write_config
 
 PROMPT = "The old river finds the quiet garden. Every captain"
 FIND = ["--prompt", PROMPT, "--positive", " the", "--negative", " a", " some"]
@@ -34,8 +35,8 @@ def spliced(run):
 
 @pytest.fixture
 def bare(run, tmp_path):
-    """The run without its study."""
-    return shutil.copytree(run, tmp_path / "bare", ignore=shutil.ignore_patterns("study", "checkpoints"))
+    """The run without its study, in a folder whose name a shell would take for two."""
+    return shutil.copytree(run, tmp_path / "bare run", ignore=shutil.ignore_patterns("study", "checkpoints"))
 
 
 def test_find_ranks_and_measures(run, spliced, tmp_path, capsys):
@@ -81,7 +82,7 @@ def test_find_integrates_and_does_without_a_study(bare, capsys):
     said = capsys.readouterr()
     assert "4 steps of integrated gradients" in said.out
     assert "No rank correlation" in said.out
-    assert f"topkapi study {bare}" in said.err
+    assert f"{command_line('study', bare, '--tokens', 100_000)}, then find again" in said.err
 
 
 def test_steer_shows_both_texts(run, spliced, tmp_path, capsys):
@@ -171,6 +172,7 @@ def test_each_mistake_gives_one_line(run, bare, capsys, arguments, expected):
     *before, last = said.err.splitlines()
     assert last.startswith("topkapi: ")
     assert expected in last
+    assert "BARE" not in arguments or command_line("study", bare, "--tokens", 100_000) in last
     assert all(line.startswith(("loading", "attribution")) for line in before)
 
 
@@ -186,10 +188,19 @@ def test_a_study_of_another_autoencoder_is_refused(run, bare, capsys):
     assert "is of another autoencoder" in capsys.readouterr().err
 
 
-def test_an_unfinished_run_is_refused(bare, capsys):
+@pytest.mark.parametrize(("weights", "expected"), [(None, "no finished autoencoder"), (b"damaged", "is damaged")])
+def test_a_run_without_its_weights_is_refused(bare, capsys, weights, expected):
     (bare / "model.safetensors").unlink()
+    if weights:
+        (bare / "model.safetensors").write_bytes(weights)
     assert main(["find", str(bare), *FIND]) == 2
-    assert "no finished autoencoder" in capsys.readouterr().err
+    assert expected in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_study_of_a_run_without_a_checksum_is_refused(run, bare, spliced):
+    write_config(bare, read_config(bare) | {"files": None})
+    with pytest.raises(TopkapiError, match="is of another autoencoder than the one in"):
+        study_of(bare, str(run / "study"), spliced)
 
 
 def test_pieces_of_a_word_are_named(spliced):

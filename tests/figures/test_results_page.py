@@ -1,12 +1,14 @@
 """benchmarks/results.py takes runs site by site.
 
 Mutations seen caught: figures of both sites' runs together; a kept figure that is named as left out as well; a missing
-study that nothing tells; the verdict of one site in the column of the other.
+study that nothing tells; the verdict of one site in the column of the other; modes of activations drawn for each site;
+kept figures of other runs, or a sweep before its first run, ending in a traceback.
 """
 
 import argparse
 import importlib.util
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,6 @@ import pytest
 from PIL import Image
 
 from tests.figures.synthetic import write_sweep
-from topkapi import figures
 from topkapi.figures import codes, densities, laws, modality, seeds, sources
 from topkapi.recipes import demo
 from topkapi.sweep.grid import Grid
@@ -54,7 +55,7 @@ def page(script, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         named = [f"{folder}=runs"]
         words = [*folders, "--page", str(folder / "page.md"), "--kept", str(folder / "kept"), "--as", *named]
-        patch.setattr(figures, "SUBJECTS", (densities, laws, codes, seeds, modality))
+        patch.setattr(script, "SUBJECTS", (densities, laws, codes, seeds, modality))
         patch.setattr(densities, "MOST_DETAILS", 1)
         patch.setattr(sys, "argv", ["results.py", *words])
         script.main()
@@ -73,6 +74,58 @@ def test_each_site_has_its_figures_and_its_column(page):
     assert "k 80" not in first, "runs of the other site"
     pictures = {path.name for path in page.with_suffix("").iterdir()}
     assert pictures == {"resid_post.10-dense.png", "resid_post.20-dense.png", "resid_post.10-seeds.png"}
+
+
+def test_modes_are_drawn_once_of_all_sites_and_the_rest_once_a_site(script, page, tmp_path, monkeypatch):
+    asked = {modality: [], seeds: []}
+    for subject, calls in asked.items():
+        monkeypatch.setattr(
+            subject, "figures", lambda runs, calls=calls: calls.append([run.name for run in runs]) or []
+        )
+    monkeypatch.setattr(script, "SUBJECTS", tuple(asked))
+    folders = [page.parent / "a", page.parent / "b"]
+    script.drawn_by_site(sources.read_folders(folders), tmp_path, [])
+    assert asked[modality] == [[run.name for run in sources.read_folders(folders)]]
+    assert asked[seeds] == [[run.name for run in sources.read_folders([folder])] for folder in folders]
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        ({"seeds.json": {"name": "seeds", "runs": ["c/n1"]}}, "seeds.json is of runs that the folders have not: c/n1."),
+        ({"bench.json": {"cases": []}}, "bench.json is no figure, or damaged."),
+        ({"seeds.json": ["runs"]}, "seeds.json is no figure, or damaged."),
+        ({}, "kept has no figures, which topkapi figures writes as NAME.json."),
+    ],
+)
+def test_kept_figures_of_other_runs_are_one_line(script, page, tmp_path, monkeypatch, capsys, kept, said):
+    (tmp_path / "kept").mkdir()
+    for name, content in kept.items():
+        (tmp_path / "kept" / name).write_text(json.dumps(content))
+    folder = str(page.parent / "a")
+    line = refused(script, monkeypatch, capsys, folder, "--kept", str(tmp_path / "kept"))
+    assert said in line
+    assert line.endswith(f"or draw these where their weights are: topkapi figures {folder} --out NEW.\n")
+
+
+def test_a_sweep_that_has_not_begun_is_one_line(script, page, tmp_path, monkeypatch, capsys):
+    sweep = tmp_path / "new"
+    sweep.mkdir()
+    shutil.copy(page.parent / "a" / "sweep.json", sweep)
+    line = refused(script, monkeypatch, capsys, str(page.parent / "a"), str(sweep))
+    assert f"no run has begun in {sweep}: run that topkapi sweep again" in line
+
+
+def refused(script, monkeypatch, capsys, *words: str) -> str:
+    """What the script says before it leaves with status 2, on one line."""
+    monkeypatch.setattr(sys, "argv", ["results.py", *words])
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("results.py: ")
+    assert said.count("\n") == 1
+    return said
 
 
 def test_what_is_left_out_is_told_and_what_was_kept_is_not(page):

@@ -210,7 +210,7 @@ def study_command(arguments: Sequence[str]) -> None:
     from topkapi.demo import peak_memory
     from topkapi.scaling.quantities import bytes_text
     from topkapi.study import write_study
-    from topkapi.study.layout import STUDY, path_of, read_header
+    from topkapi.study.layout import STUDY, bytes_of, read_header
     from topkapi.train import device_type, load_run, open_text, warn_if_changed
 
     run, command = run_and_options("study", arguments, StudyOptions, "out")
@@ -222,7 +222,7 @@ def study_command(arguments: Sequence[str]) -> None:
         warn_if_changed(run, ae, text.language_model)
         token_file = getattr(text.splits, command.config.split)
         write_study(run, ae, text.language_model, token_file, config.data, command.config, command.out, mesh)
-    size = sum(path_of(command.out, name).stat().st_size for name in read_header(command.out)["files"])
+    size = sum(map(bytes_of, read_header(command.out)["files"].values()))
     say(
         f"study: {command.out}, {bytes_text(size)}, in {(time.monotonic() - started) / 60:.1f} minutes with at most "
         f"{bytes_text(peak_memory())} of memory. Read it: topkapi.study.open({str(command.out)!r})"

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from topkapi import published, study
+from topkapi import study
 from topkapi.console import progress, say
-from topkapi.errors import TopkapiError
+from topkapi.errors import TopkapiError, command_line
 from topkapi.evaluate.contexts import AFTER, BEFORE, decode_around
 from topkapi.explore.attribution import RankCorrelation, attribute, measure, rank_correlation
 from topkapi.explore.prompts import single_token, texts
@@ -90,7 +90,7 @@ def find_in_run(
     found = find(spliced, prompt, positive, negative, top=top, verify=verify, steps=steps, study=opened)
     show(found, opened is not None)
     if opened is None:
-        say(f"For the contexts in which each latent fires: topkapi study {run} --tokens 100000, then find again.")
+        say(f"For the contexts in which each latent fires: {study_line(run)}, then find again.")
     if json_file:
         write_text_atomic(Path(json_file), json.dumps({"run": str(run)} | found.as_dict(), indent=2) + "\n")
         say(f"everything: {json_file}")
@@ -166,14 +166,18 @@ def study_of(run: Path, folder: str, spliced: Spliced) -> Study | None:
     if not folder and not (run / "study" / "study.json").exists():
         return None
     found = study.open(folder or run / "study", run)
-    if published.read_config(run)["files"][published.WEIGHTS] != found.identity["autoencoder"]:
-        raise TopkapiError(f"study {found.folder} is of another autoencoder than {run}: name one of this run, --study.")
+    found.require_run()
     if spliced.lm.fingerprint != found.identity["language_model"]:
         raise TopkapiError(
             f"study {found.folder} was made with another language model than the {spliced.lm.name} that is here now: "
             "its weights or config differ. Study again, or restore the language model."
         )
     return found
+
+
+def study_line(run: Path) -> str:
+    """The command that makes the study of a run which its commands look for."""
+    return command_line("study", run, "--tokens", 100_000)
 
 
 def contexts(study: Study, spliced: Spliced, latent: int, n: int = CONTEXTS) -> list[Context]:

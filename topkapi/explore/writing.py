@@ -15,7 +15,7 @@ from topkapi.errors import TopkapiError
 from topkapi.evaluate.contexts import visible
 from topkapi.explore.controls import matched_controls
 from topkapi.explore.edits import Edit, Kind, parse_edit, parse_where
-from topkapi.explore.finding import stdout, study_of
+from topkapi.explore.finding import stdout, study_line, study_of
 from topkapi.explore.prompts import continuation, encode
 from topkapi.explore.proportions import Difference, Rate
 from topkapi.explore.spliced import Spliced, open_run
@@ -75,7 +75,7 @@ def steer_run(
         if opened is None:
             raise TopkapiError(
                 f"controls are latents as active as the edited ones, which a study says, and {run} has none: "
-                f"topkapi study {run} --tokens 100000."
+                f"{study_line(run)}."
             )
         result = _count(spliced, tokens, parsed, opened, pattern, n_controls, sampling)
     if json_file:
@@ -96,8 +96,8 @@ def parse_edits(
         spliced.check_latent(latent)
         if study is None:
             raise TopkapiError(
-                f"a multiple of latent {latent}'s maximum needs a study, and {run} has none: topkapi study {run} "
-                "--tokens 100000, or --study FOLDER, or give a number without x."
+                f"a multiple of latent {latent}'s maximum needs a study, and {run} has none: {study_line(run)}, "
+                "or --study FOLDER, or give a number without x."
             )
         if (known := study.latent(latent).maximum) is None:
             raise TopkapiError(

@@ -12,13 +12,14 @@ docs/figures.md says what lands where.
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from topkapi.console import say
 from topkapi.errors import TopkapiError
 from topkapi.figures import codes, densities, frontier, laws, modality, report, seeds, training
 from topkapi.figures.canvas import styled
 from topkapi.figures.figure import Figure, LeftOut, save
-from topkapi.figures.sources import read_folders
+from topkapi.figures.sources import Run, read_folders
 from topkapi.files import write_text_atomic
 from topkapi.plotting import require_matplotlib
 
@@ -33,13 +34,24 @@ def draw(folders: Sequence[Path], out: Path, report_path: Path | None = None) ->
     Raises:
         TopkapiError: matplotlib is missing, a folder is neither a run nor a sweep, a file is damaged.
     """
-    require_matplotlib()
     if not folders:
         raise TopkapiError("give at least one run or sweep folder.")
     runs = read_folders(folders)
+    drawn, left_out, pictures = draw_runs(runs, out, SUBJECTS)
+    if report_path is not None:
+        write_text_atomic(report_path, report.html(runs, drawn, pictures, left_out, folders))
+        say(f"report: {report_path}")
+    return drawn, left_out
+
+
+def draw_runs(
+    runs: Sequence[Run], out: Path, subjects: Sequence[ModuleType]
+) -> tuple[list[Figure], list[LeftOut], list[str]]:
+    """`draw` of runs that are read already, and of these subjects; also the SVG text of each figure drawn."""
+    require_matplotlib()
     drawn, left_out, pictures = [], [], []
     with styled():
-        for subject in SUBJECTS:
+        for subject in subjects:
             for found in subject.figures(runs):
                 if isinstance(found, LeftOut):
                     left_out.append(found)
@@ -48,7 +60,4 @@ def draw(folders: Sequence[Path], out: Path, report_path: Path | None = None) ->
                     drawn.append(found)
                     pictures.append(save(found, out))
                     say(f"drawn: {out / found.name}.png")
-    if report_path is not None:
-        write_text_atomic(report_path, report.html(runs, drawn, pictures, left_out, folders))
-        say(f"report: {report_path}")
-    return drawn, left_out
+    return drawn, left_out, pictures

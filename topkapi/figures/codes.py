@@ -20,12 +20,12 @@ def figures(runs: Sequence[Run]) -> Iterator[Figure | LeftOut]:
     if recovered:
         yield _progressive(_spread_out(recovered))
     else:
-        yield LeftOut("progressive recovery", f"no eval.json has it: {SUPPLY}")
+        yield LeftOut("progressive recovery", f"no eval.json has it: {SUPPLY}", "progressive")
     refined = [run for run in runs if _refinement(run)]
     if refined:
         yield _refined(refined)
     else:
-        yield LeftOut("refinement", f"no eval.json has it: {SUPPLY}")
+        yield LeftOut("refinement", f"no eval.json has it: {SUPPLY}", "refinement")
 
 
 def _curve(run: Run, section: str) -> list[dict[str, Any]]:

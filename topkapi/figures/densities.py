@@ -28,7 +28,9 @@ DENSE_FROM = 0.1  # density from which a latent counts as dense
 MOST_DETAILS = 4
 STEP, WIDE_STEP, FEW_LATENTS = 0.1, 0.2, 1_000  # decades of a bin, for many and for few latents
 FEW = 10  # firings: a density of fewer is blurred by more than a third
-ONSET, STRONG = 1 / 3, 2 / 3  # k / d_model at which the paper's dense solutions begin, and are plain: 256, 512 of 768
+# k / d_model at which the paper's dense solutions begin, and are plain (256, 512 of 768), and that in words
+ONSET, ONSET_WORDS = 1 / 3, "a third"
+STRONG, STRONG_WORDS = 2 / 3, "two thirds"
 RISE = 1.1  # of the dense mass, that counts
 SUPPLY = "topkapi eval RUN, topkapi study RUN, or a sweep"
 
@@ -37,7 +39,7 @@ def figures(runs: Sequence[Run]) -> Iterator[Figure | LeftOut]:
     """Distributions over latents: in detail for a few runs, against n_latents, and how dense solutions are."""
     counted_runs = [run for run in runs if run.firings is not None]
     if not counted_runs:
-        yield LeftOut("densities and dense solutions", f"no run has counts of firings: {SUPPLY}")
+        yield LeftOut("densities and dense solutions", f"no run has counts of firings: {SUPPLY}", "densities")
         return
     described = {run.name: _describe(run.firings) for run in counted_runs}
     for run in _for_detail(counted_runs):
@@ -56,7 +58,9 @@ def figures(runs: Sequence[Run]) -> Iterator[Figure | LeftOut]:
     if groups:
         yield _by_size(_first_seeds(groups), described)
     else:
-        yield LeftOut("densities against n_latents", f"no k has counts at two n_latents: {SUPPLY}, of several sizes")
+        yield LeftOut(
+            "densities against n_latents", f"no k has counts at two n_latents: {SUPPLY}, of several sizes", "densities"
+        )
     yield _dense(topk)
 
 
@@ -275,7 +279,9 @@ def _dense(runs: Sequence[Run]) -> Figure | LeftOut:
         low, high = _sampling(mass, int(run.firings.n_fired.sum()))
         rows.append({"run": run, "measure": measure, "mass": mass, "low": low, "high": high})
     if not rows:
-        return LeftOut("dense solutions", f"no TopK run with counts has n_latents of at least d_model: {SUPPLY}")
+        return LeftOut(
+            "dense solutions", f"no TopK run with counts has n_latents of at least d_model: {SUPPLY}", "dense"
+        )
     return _draw_dense(rows, too_small)
 
 
@@ -354,8 +360,9 @@ def _dense_claim(rows: list[dict[str, Any]], largest: float) -> Claim:
     elif rises and not any(rises) and largest >= STRONG:
         verdict = "disagrees"
     return Claim(
-        "Solutions become dense from k of about a third of d_model on (256 of 768), strongly at two thirds.",
+        f"Solutions become dense from k of about {ONSET_WORDS} of d_model on (256 of 768), strongly at {STRONG_WORDS}.",
         verdict,
-        f"the largest k measured is {largest:.2f} d_model; from a third on the mass is more than {RISE} times that at "
-        f"the largest k below it at {sum(rises)} of {len(rises)} sizes; only runs of two thirds speak against it",
+        f"the largest k measured is {largest:.2f} d_model; from {ONSET_WORDS} on the mass is more than {RISE} times "
+        f"that at the largest k below it at {sum(rises)} of {len(rises)} sizes; only runs of {STRONG_WORDS} speak "
+        "against it",
     )

@@ -65,6 +65,8 @@ class LeftOut:
     name: str
     why: str
     """What is missing, and what would supply it."""
+    figure: str = ""
+    """The `Figure.name` of what is missing; empty where it is a part of a figure, or one run's detail."""
 
 
 def save(figure: Figure, out: Path) -> str:

@@ -20,7 +20,9 @@ def figures(runs: Sequence[Run]) -> Iterator[Figure | LeftOut]:
     """Normalized MSE over L0, and cross-entropy and KL of the spliced language model over both."""
     measured = [run for run in at_best_rate(runs) if (run.metric("l0") or 0) > 0]
     if not measured:
-        yield LeftOut("error against L0", "no run is measured: topkapi eval RUN, or topkapi sweep to its end")
+        yield LeftOut(
+            "error against L0", "no run is measured: topkapi eval RUN, or topkapi sweep to its end", "error-l0"
+        )
         return
     largest = of_one_stream(measured)
     if n_left := len(measured) - len(largest):
@@ -36,6 +38,7 @@ def figures(runs: Sequence[Run]) -> Iterator[Figure | LeftOut]:
         yield LeftOut(
             "downstream loss",
             "no run has the language model's loss: topkapi eval RUN, or topkapi sweep with --eval.downstream-tokens N",
+            "downstream",
         )
 
 

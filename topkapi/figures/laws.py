@@ -9,7 +9,7 @@ from scipy import stats
 
 from topkapi.errors import TopkapiError
 from topkapi.figures.canvas import FAINT, Canvas, Panel, colours
-from topkapi.figures.densities import ONSET
+from topkapi.figures.densities import ONSET, ONSET_WORDS
 from topkapi.figures.figure import Claim, Figure, LeftOut, Verdict, counted, said
 from topkapi.figures.sources import Run, at_best_rate, grouped, held_out, of_one_stream
 from topkapi.statistics.intervals import CONFIDENCE, percentile_interval
@@ -19,7 +19,8 @@ DRAWS = 300  # of the bootstrap
 N_PARAMETERS, ENOUGH = 6, 10  # of L(N, K) with its irreducible term; degrees of freedom that can speak against it
 FITS = {"with": True, "without": False}  # the irreducible term
 DENSE = (
-    "; L(N, K) leaves out k from a third of d_model on, where solutions may be dense and the trend bends (appendix E.5)"
+    f"; L(N, K) leaves out k from {ONSET_WORDS} of d_model on, where solutions may be dense and the trend bends "
+    "(appendix E.5)"
 )
 
 
@@ -30,6 +31,7 @@ def figures(runs: Sequence[Run]) -> Iterator[Figure | LeftOut]:
         yield LeftOut(
             "scaling laws",
             "TopK runs of at least two n_latents on the same text are needed: topkapi sweep with several --n-latents",
+            "laws",
         )
         return
     yield _laws(sorted(topk, key=lambda run: (run.k, run.n_latents, run.seed)))

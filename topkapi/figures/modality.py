@@ -20,13 +20,14 @@ def figures(runs: Sequence[Run]) -> Iterator[Figure | LeftOut]:
     """Dip tests and counted modes of the latents of each run that has a study."""
     studied = [run for run in runs if run.study is not None]
     if not studied:
-        yield LeftOut("modes of activations", "no run has a study: topkapi study RUN --tokens N")
+        yield LeftOut("modes of activations", "no run has a study: topkapi study RUN --tokens N", "modality")
         return
     rows = [row for run in studied if (row := _tested(run)) is not None]
     if not rows:
         yield LeftOut(
             "modes of activations",
             f"no latent of a study fired {FIRINGS} times: study more tokens, topkapi study --tokens",
+            "modality",
         )
         return
     yield _modality(sorted(rows, key=lambda row: (row["layer"], row["run"].name)))

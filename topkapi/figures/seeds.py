@@ -27,6 +27,7 @@ def figures(runs: Sequence[Run]) -> Iterator[Figure | LeftOut]:
         yield LeftOut(
             "latents shared by seeds",
             "no two finished runs with weights differ in their seed alone: topkapi sweep with --seeds 0 1",
+            "seeds",
         )
         return
     yield _seeds(groups)

@@ -6,7 +6,7 @@ that are not measured yet have their training curve alone.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -171,14 +171,15 @@ def read_folders(folders: Sequence[Path]) -> list[Run]:
     for folder in folders:
         for run in _read_folder(folder):
             runs.setdefault(run.folder.resolve(), run)
-    found, names = list(runs.values()), [run.name for run in runs.values()]
-    if len(set(names)) < len(names):  # of several sweeps
-        found = [Run(**{**_fields(run), "name": f"{run.folder.parent.name}/{run.name}"}) for run in found]
-    return found
+    return told_apart(list(runs.values()))
 
 
-def _fields(run: Run) -> dict[str, Any]:
-    return {name: getattr(run, name) for name in Run.__dataclass_fields__}
+def told_apart(runs: Sequence[Run]) -> list[Run]:
+    """The same runs, each named by its folder alone, or by two of them where runs of several sweeps have one name."""
+    names = [run.name.rpartition("/")[2] for run in runs]
+    if len(set(names)) < len(names):
+        names = [f"{run.folder.parent.name}/{name}" for run, name in zip(runs, names, strict=True)]
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
 def _read_folder(folder: Path) -> list[Run]:

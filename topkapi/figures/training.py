@@ -19,7 +19,9 @@ def figures(runs: Sequence[Run]) -> Iterator[Figure | LeftOut]:
     drawn = [run for run in runs if len(run.curve) > 1]
     if not drawn:
         yield LeftOut(
-            "training curves", "no run has a metrics.jsonl with two lines: give run folders, not copied points"
+            "training curves",
+            "no run has a metrics.jsonl with two lines: give run folders, not copied points",
+            "training",
         )
         return
     yield _curves(drawn)
@@ -33,6 +35,7 @@ def figures(runs: Sequence[Run]) -> Iterator[Figure | LeftOut]:
         yield LeftOut(
             "decoder normalisation",
             "no two curves differ in the decoder's norm alone: topkapi sweep with --decoder-norm on off gives them",
+            "decoder-norm",
         )
     else:
         yield _decoder_norm(pairs)

@@ -54,6 +54,11 @@ def facts_of(folder: Path, name: str, dtype: str) -> dict[str, Any]:
     return {"dtype": dtype, "length": path.stat().st_size // np.dtype(dtype).itemsize, "sha256": sha256(path)}
 
 
+def bytes_of(facts: dict[str, Any]) -> int:
+    """How long the file of an array is that has these facts, in bytes."""
+    return facts["length"] * np.dtype(facts["dtype"]).itemsize
+
+
 def read_header(folder: Path) -> dict[str, Any]:
     """study.json of a finished study, once all its files are seen to be there in their full length.
 
@@ -71,7 +76,7 @@ def read_header(folder: Path) -> dict[str, Any]:
         raise TopkapiError(f"{WHAT} {folder} has format {header.get('format')!r}; this version reads {FORMAT}.")
     require_shape(header, SHAPE, folder / STUDY, WHAT, remedy)
     for name, facts in header["files"].items():
-        path, wanted = path_of(folder, name), facts["length"] * np.dtype(facts["dtype"]).itemsize
+        path, wanted = path_of(folder, name), bytes_of(facts)
         if not path.is_file() or path.stat().st_size != wanted:
             raise damaged(path, "missing" if not path.is_file() else f"damaged: not {wanted:,} bytes long")
     return header
