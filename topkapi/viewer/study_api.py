@@ -73,7 +73,8 @@ class StudyApi:
             asking.query_number(query, "low", -math.inf),
             asking.query_number(query, "high", math.inf),
         )
-        return Answer(examples.choose(self.study.latent(i), choice, self.opened.texts))
+        texts = self.opened.texts  # before the study is read: it may be long in coming
+        return Answer(examples.choose(self.study.latent(i), choice, texts))
 
     def overview(self, _request: Request) -> Response:
         """The dictionary as a whole."""
