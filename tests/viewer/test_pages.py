@@ -362,6 +362,36 @@ def test_a_label_typed_just_before_the_page_is_left_is_saved(context, address, r
     window.page.close()
 
 
+def test_of_two_labels_on_their_way_the_later_one_is_kept(window, run, busiest):
+    held = []
+    window.go(f"#/latent/{busiest}", "#label")
+    window.page.route("**/api/labels/*", lambda route: route.continue_() if held else held.append(route))
+    window.page.fill("#label", "on its way")
+    window.page.press("#label", "Enter")
+    window.wait_for("document.querySelector('.saved').textContent === 'Saving …'")
+    window.page.fill("#label", "behind it")
+    window.page.press("#label", "Enter")
+    window.page.wait_for_timeout(100)  # in which one that does not wait would have arrived
+    held[0].continue_()
+    window.wait_for("document.querySelector('.saved').textContent === 'Saved'")
+    assert window.ask("api/labels")["labels"][str(busiest)]["label"] == "behind it"
+    window.page.unroute("**/api/labels/*")
+
+
+def test_a_label_that_takes_the_place_of_another_windows_is_told(context, window, address, busiest):
+    other = Window(context, address)
+    for each in (window, other):
+        each.go(f"#/latent/{busiest}", "#label")
+    for each, text in ((other, "what they think"), (window, "what we think")):
+        each.page.fill("#label", text)
+        each.page.press("#label", "Enter")
+        each.wait_for("document.querySelector('.saved').textContent.startsWith('Saved')")
+    other.page.close()
+    assert "“what they think" in window.text(".saved")
+    window.page.fill("#note", "because")
+    window.wait_for("document.querySelector('.saved').textContent === 'Saved'")
+
+
 def test_a_label_that_could_not_be_saved_is_saved_when_the_latent_is_left(context, address, run, busiest):
     window = Window(context, address)
     window.go(f"#/latent/{busiest}", "#label")

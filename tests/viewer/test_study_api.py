@@ -1,7 +1,7 @@
 """What is answered of a run and its study, against the study and against numbers found in another way.
 
 Seen to fail when: a mode's upper end is left out; the interval of the density takes n instead of n + 1 above;
-labels are written without the lock; a strong tag is for both forms of the table; the table's columns are not padded; a
+labels are written without the lock, or by whom a thread's lock is given to; a strong tag is for both forms of the table; the table's columns are not padded; a
 latent that never fired has a mean of 0.
 """
 
@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from starlette.testclient import TestClient
 import topkapi.study
 from tests.study.conftest import finished
 from topkapi.errors import TopkapiError
+from topkapi.files import write_text_atomic
 from topkapi.viewer.app import create_app
 from topkapi.viewer.binary import unpack
 from topkapi.viewer.columns import table as table_of
@@ -261,6 +263,43 @@ def test_labels_written_at_the_same_time_are_all_kept(client, run):
         thread.join()
     assert answers == [200] * 80
     assert len(json.loads((run / "labels.json").read_text())["labels"]) == 40
+
+
+def test_of_two_labels_at_the_same_time_the_later_one_is_kept(client, monkeypatch):
+    set_, is_saving, may_save = Labels.set, threading.Event(), threading.Event()
+
+    def slowly(self, labels):
+        if labels[17]["label"] == "first":
+            is_saving.set()
+            may_save.wait(0.3)  # while the second one arrives
+        return set_(self, labels)
+
+    monkeypatch.setattr(Labels, "set", slowly)
+    first = threading.Thread(target=client.put, args=("/api/labels/17",), kwargs={"json": {"label": "first"}})
+    first.start()
+    assert is_saving.wait(5)
+    answer = client.put("/api/labels/17", json={"label": "second"}).json()
+    first.join()
+    assert client.get("/api/labels").json()["labels"]["17"]["label"] == "second"
+    assert answer["replaced"] == {"17": {"label": "first", "note": ""}}
+
+
+def test_labels_of_two_viewers_are_all_kept(run, study, monkeypatch):
+    def slowly(path, text):
+        time.sleep(0.05)  # in which the other one has read what is there now
+        write_text_atomic(path, text)
+
+    monkeypatch.setattr("topkapi.viewer.labels.write_text_atomic", slowly)
+    viewers = [Labels(run, study.identity["autoencoder"], study.n_latents) for _ in range(4)]
+    threads = [
+        threading.Thread(target=viewer.set, args=({i: {"label": str(i), "note": ""}},))
+        for i, viewer in enumerate(viewers)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert list(viewers[0].all()) == [0, 1, 2, 3]
 
 
 def test_labels_of_one_tick_of_the_clock_are_told_apart(run, study):

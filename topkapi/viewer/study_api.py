@@ -3,6 +3,7 @@
 Functions without `async` run in threads, so that a slow answer keeps no other waiting.
 """
 
+import asyncio
 import math
 from typing import Any
 
@@ -25,6 +26,7 @@ class StudyApi:
 
     def __init__(self, opened: Opened, limits: dict[str, int]) -> None:
         self.opened, self.study, self.limits = opened, opened.study, limits
+        self._saving = asyncio.Lock()  # which is given in the order asked for, as threads' locks are not
 
     def routes(self) -> list[Route]:
         """The addresses below /api."""
@@ -92,7 +94,7 @@ class StudyApi:
         """Label one latent, or remove its label."""
         i = latent_of(request, self.study.n_latents)
         values = await asking.body(request)
-        return await run_in_threadpool(self._save, {str(i): values})
+        return await self._save({str(i): values})
 
     async def import_labels(self, request: Request) -> Response:
         """Add labels to those that are there, in place of those of the same latents."""
@@ -100,9 +102,10 @@ class StudyApi:
         labels = values.get("labels")
         if not isinstance(labels, dict):
             raise Refused("the body must have labels, an object of latents' numbers and labels.")
-        return await run_in_threadpool(self._save, labels)
+        return await self._save(labels)
 
-    def _save(self, labels: dict[str, Any]) -> Response:
+    async def _save(self, labels: dict[str, Any]) -> Response:
+        """One at a time, in the order of their arrival: of two for one latent the later one is kept."""
         found = {}
         for name, label in labels.items():
             i = asking.whole(name, "a latent", 0, self.study.n_latents - 1)
@@ -110,8 +113,9 @@ class StudyApi:
                 found[i] = checked(label)
             except ValueError as error:
                 raise Refused(f"latent {i}: {error}.") from None
-        self.opened.labels.set(found)
-        return Answer({"labels": self.opened.labels.all()})
+        async with self._saving:
+            replaced = await run_in_threadpool(self.opened.labels.set, found)
+        return Answer({"labels": await run_in_threadpool(self.opened.labels.all), "replaced": replaced})
 
 
 def latent_of(request: Request, n_latents: int) -> int:
