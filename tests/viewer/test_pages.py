@@ -1,8 +1,9 @@
 """The page in a real browser: what it shows is what the API says, and it can be used by keys and in narrow windows.
 
 Mutations seen to fail: rows sorted ascending where descending is asked; `innerHTML` for a label; the range of a mode
-not sent to the server; a label kept in the page alone, or not saved when the page is left, or not tried again; names of
-metrics looked up among those that every object has; softer text in light windows; a table wider than a telephone.
+not sent to the server; a label kept in the page alone, or not saved when the page is left, or not tried again, or
+sent while another is on its way; names of metrics looked up among those that every object has; softer text in light
+windows; a table wider than a telephone.
 """
 
 import json

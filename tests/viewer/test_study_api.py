@@ -1,8 +1,9 @@
 """What is answered of a run and its study, against the study and against numbers found in another way.
 
 Seen to fail when: a mode's upper end is left out; the interval of the density takes n instead of n + 1 above;
-labels are written without the lock, or by whom a thread's lock is given to; a strong tag is for both forms of the table; the table's columns are not padded; a
-latent that never fired has a mean of 0.
+labels are written without the lock, or in the order in which threads happen to run; a strong tag is for both forms of
+the table; the table's columns are not padded; a latent that never fired has a mean of 0; a kind of answers takes all
+threads.
 """
 
 import gzip
@@ -191,6 +192,23 @@ def test_the_whole_dictionary(client, study):
     densest = np.sort(study.density)[::-1][:64].sum() / study.density.sum()
     assert found["dense"]["mass"] == pytest.approx(densest)
     assert len(found["training"]["tokens"]) == len(found["training"]["series"]["normalized_mse"]) > 0
+
+
+def test_many_slow_answers_keep_no_others_waiting(client, monkeypatch):
+    may_end = threading.Event()
+    monkeypatch.setattr(Opened, "overview", property(lambda _opened: {"waited": may_end.wait(20)}))
+    askers = [threading.Thread(target=client.get, args=("/api/global",)) for _ in range(45)]
+    for asker in askers:
+        asker.start()
+    give_up = threading.Timer(5, may_end.set)
+    give_up.start()
+    for path in ("/", "/api/about", "/api/latent/3", "/app.js"):
+        assert client.get(path).status_code == 200
+    assert not may_end.is_set()
+    give_up.cancel()
+    may_end.set()
+    for asker in askers:
+        asker.join()
 
 
 def test_damaged_lines_of_metrics_are_passed_over(client, run):

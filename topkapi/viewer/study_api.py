@@ -1,6 +1,6 @@
 """What may be asked of a run and its study: JSON for each part of the page.
 
-Functions without `async` run in threads, so that a slow answer keeps no other waiting.
+Functions without `async` run in threads, so that a slow answer keeps no other waiting; many `slow` ones do not either.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from topkapi.viewer import asking, examples, runs
-from topkapi.viewer.answers import Answer
+from topkapi.viewer.answers import Answer, slow
 from topkapi.viewer.asking import Refused
 from topkapi.viewer.labels import checked
 from topkapi.viewer.opened import Opened
@@ -32,11 +32,11 @@ class StudyApi:
         """The addresses below /api."""
         return [
             Route("/about", self.about),
-            Route("/columns", self.columns),
-            Route("/latent/{i}", self.latent),
-            Route("/latent/{i}/examples", self.examples),
-            Route("/global", self.overview),
-            Route("/runs", self.runs),
+            Route("/columns", slow(self.columns)),
+            Route("/latent/{i}", slow(self.latent)),
+            Route("/latent/{i}/examples", slow(self.examples)),
+            Route("/global", slow(self.overview)),
+            Route("/runs", slow(self.runs)),
             Route("/labels", self.labels, methods=["GET"]),
             Route("/labels", self.import_labels, methods=["POST"]),
             Route("/labels/{i}", self.set_label, methods=["PUT"]),
