@@ -109,12 +109,12 @@ class Arrays(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, folder: Path, files: Mapping[str, dict[str, Any]]) -> None:
-        self._folder = folder
-        self._opened = {name: _state(path_of(folder, name)) for name in files}  # before they are mapped
+        self._paths = {name: path_of(folder, name) for name in files}
+        self._opened = {name: _state(path) for name, path in self._paths.items()}  # before they are mapped
         self._mapped = {name: mapped(folder, name, facts["dtype"]) for name, facts in files.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        array, path = self._mapped[name], path_of(self._folder, name)
+        array, path = self._mapped[name], self._paths[name]
         if (now := _state(path)) != (then := self._opened[name]):
             found = "was removed" if now is None else f"has changed (it had {then[0]:,} bytes, and has {now[0]:,})"
             raise TopkapiError(
