@@ -105,13 +105,14 @@ def remove_leftovers(folder: Path) -> None:
 
 
 @contextmanager
-def lock(folder: Path, busy: Callable[[], None]) -> Iterator[None]:
-    """Hold `folder`, made if need be, for this process alone; it is freed however the process ends.
+def lock(folder: Path, busy: Callable[[], None], name: str = ".lock") -> Iterator[None]:
+    """Hold `folder`, made if need be, for this block alone; it is freed however the process ends.
 
-    `busy` is called if another process holds it: it raises, or returns to wait for that process.
+    `busy` is called if another process or thread holds it: it raises, or returns to wait for that one. Another `name`
+    is another lock, for a part of the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as file:
+    with (folder / name).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

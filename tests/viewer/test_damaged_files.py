@@ -2,25 +2,28 @@
 
 Seen to fail when: an eval.json with a text for a number is trusted; a point of a sweep may have any name; numbers
 beyond floating point go into the law; a pipe is waited for; a study's files are not looked at after an index out of
-range; a labels.json that is a folder is read.
+range; a labels.json that is a folder is read; of a study that is served sizes are looked at and not times, or nothing;
+its files are read at each failure, or while an answer waits.
 """
 
 import json
 import os
 import shutil
 import time
-from threading import Timer
+from threading import Event, Timer
 
 import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
 import topkapi.study
+from topkapi.errors import TopkapiError
 from topkapi.files import write_atomic, write_json
 from topkapi.sweep import POINTS, SETTINGS
-from topkapi.viewer import overview, runs
+from topkapi.viewer import app, overview, runs
 from topkapi.viewer.answers import to_json
 from topkapi.viewer.app import create_app
+from topkapi.viewer.opened import Opened
 
 DAMAGED = [
     b"",
@@ -195,6 +198,63 @@ def test_pipes_are_not_waited_for(client, run, other):
         give_up.start()
         ask(client, f"/api/{asked}")
         give_up.cancel()
+
+
+@pytest.mark.parametrize("change", ["cut off", "written over", "exchanged", "deleted"])
+def test_a_study_that_changes_while_it_is_served_is_told(client, run, study, change, capsys):
+    i = int(study.n_fired.argmax())
+    paths = (f"latent/{i}", f"latent/{i}/examples")
+    assert all(ask(client, f"/api/{path}") == 200 for path in paths)
+    for name in study.arrays:
+        path = run / "study" / f"{name}.bin"
+        content = path.read_bytes()
+        if change == "cut off":
+            os.truncate(path, len(content) - 1)  # within its last page, so that reading it ends no process in any case
+        elif change == "written over":
+            with path.open("r+b") as file:
+                file.write(content[::-1])
+        elif change == "exchanged":
+            exchange(path, content)
+        else:
+            path.unlink()
+        with pytest.raises(TopkapiError, match=rf"{name}\.bin .* since it was opened"):
+            study.arrays[name]
+    for path in (f"latent/{i + 1}", f"latent/{i}/examples"):
+        assert "start topkapi view again" in client.get(f"/api/{path}").json()["error"]
+        assert ask(client, f"/api/{path}") == 400
+    assert client.put("/api/labels/3", json={"label": "kept"}).status_code == 200  # labels are the autoencoder's
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_studys_files_are_read_once_and_not_waited_for(client, study, monkeypatch, capsys, is_damaged):
+    def fail(_opened):
+        raise IndexError("out of range")
+
+    def verify():
+        begun.append(1)
+        assert may_end.wait(10)
+        if is_damaged:
+            raise TopkapiError("a file is damaged")
+
+    begun, may_end = [], Event()
+    monkeypatch.setattr(app, "VERIFY_SECONDS", 0.05)
+    monkeypatch.setattr(study, "verify", verify)
+    monkeypatch.setattr(Opened, "about", fail)
+    give_up = Timer(5, may_end.set)  # where answers wait for it
+    give_up.start()
+    answers = [client.get("/api/about") for _ in range(3)]
+    give_up.cancel()
+    assert not may_end.is_set()
+    assert all("being read" in answer.json()["error"] and answer.status_code == 503 for answer in answers)
+    may_end.set()
+    monkeypatch.setattr(app, "VERIFY_SECONDS", 10.0)
+    for _ in range(2):
+        answer = client.get("/api/about")
+        assert answer.status_code == (400 if is_damaged else 500)
+        assert ("a file is damaged" in answer.text) == is_damaged
+    assert begun == [1]
+    assert ("IndexError" in capsys.readouterr().err) != is_damaged
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy

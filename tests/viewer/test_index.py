@@ -1,10 +1,11 @@
 """The index: kept beside the study, made again where it is not of it, and of bounded time for each latent.
 
 Seen to fail when: its file is trusted without its checksum; the identity leaves out the study's files; the strongest
-firing of a range is looked for in the range before.
+firing of a range is looked for in the range before; the firings are kept while modes are counted.
 """
 
 import json
+import os
 import shutil
 from threading import Event
 
@@ -90,6 +91,22 @@ def test_a_folder_that_cannot_be_written_keeps_no_index(study, texts, monkeypatc
     monkeypatch.setattr(index_module, "write_atomic", refuse)
     assert built(study, texts).is_ready
     assert "Read-only file system" in capsys.readouterr().err
+
+
+def test_a_study_that_changes_meanwhile_ends_it(study, texts, monkeypatch, capsys):
+    path = study.folder / "latent_values.bin"
+
+    def cut(values):
+        os.truncate(path, path.stat().st_size - 1)  # within its last page: reading it ends no process in any case
+        return find_modes(values)
+
+    monkeypatch.setattr(index_module, "find_modes", cut)
+    index = Index(study)
+    with pytest.raises(TopkapiError, match=r"latent_values\.bin has changed"):
+        index.build(lambda: texts, Event())
+    assert index.facts()["state"] == "failed"
+    assert not (study.folder / FILE).exists()
+    capsys.readouterr()
 
 
 def test_it_stops_when_asked_to(study):

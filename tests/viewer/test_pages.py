@@ -1,8 +1,9 @@
 """The page in a real browser: what it shows is what the API says, and it can be used by keys and in narrow windows.
 
 Mutations seen to fail: rows sorted ascending where descending is asked; `innerHTML` for a label; the range of a mode
-not sent to the server; a label kept in the page alone, or not saved when the page is left, or not tried again; names of
-metrics looked up among those that every object has; softer text in light windows; a table wider than a telephone.
+not sent to the server; a label kept in the page alone, or not saved when the page is left, or not tried again, or
+sent while another is on its way; names of metrics looked up among those that every object has; softer text in light
+windows; a table wider than a telephone.
 """
 
 import json
@@ -360,6 +361,36 @@ def test_a_label_typed_just_before_the_page_is_left_is_saved(context, address, r
         assert time.monotonic() < until
         time.sleep(0.02)
     window.page.close()
+
+
+def test_of_two_labels_on_their_way_the_later_one_is_kept(window, run, busiest):
+    held = []
+    window.go(f"#/latent/{busiest}", "#label")
+    window.page.route("**/api/labels/*", lambda route: route.continue_() if held else held.append(route))
+    window.page.fill("#label", "on its way")
+    window.page.press("#label", "Enter")
+    window.wait_for("document.querySelector('.saved').textContent === 'Saving …'")
+    window.page.fill("#label", "behind it")
+    window.page.press("#label", "Enter")
+    window.page.wait_for_timeout(100)  # in which one that does not wait would have arrived
+    held[0].continue_()
+    window.wait_for("document.querySelector('.saved').textContent === 'Saved'")
+    assert window.ask("api/labels")["labels"][str(busiest)]["label"] == "behind it"
+    window.page.unroute("**/api/labels/*")
+
+
+def test_a_label_that_takes_the_place_of_another_windows_is_told(context, window, address, busiest):
+    other = Window(context, address)
+    for each in (window, other):
+        each.go(f"#/latent/{busiest}", "#label")
+    for each, text in ((other, "what they think"), (window, "what we think")):
+        each.page.fill("#label", text)
+        each.page.press("#label", "Enter")
+        each.wait_for("document.querySelector('.saved').textContent.startsWith('Saved')")
+    other.page.close()
+    assert "“what they think" in window.text(".saved")
+    window.page.fill("#note", "because")
+    window.wait_for("document.querySelector('.saved').textContent === 'Saved'")
 
 
 def test_a_label_that_could_not_be_saved_is_saved_when_the_latent_is_left(context, address, run, busiest):

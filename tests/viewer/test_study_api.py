@@ -1,7 +1,9 @@
 """What is answered of a run and its study, against the study and against numbers found in another way.
 
 Seen to fail when: a mode's upper end is left out; the interval of the density takes n instead of n + 1 above;
-labels are written without the lock; the table's columns are not padded; a latent that never fired has a mean of 0.
+labels are written without the lock, or in the order in which threads happen to run; a strong tag is for both forms of
+the table; the table's columns are not padded; a latent that never fired has a mean of 0; a kind of answers takes all
+threads.
 """
 
 import gzip
@@ -9,6 +11,7 @@ import json
 import os
 import shutil
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from starlette.testclient import TestClient
 import topkapi.study
 from tests.study.conftest import finished
 from topkapi.errors import TopkapiError
+from topkapi.files import write_text_atomic
 from topkapi.viewer.app import create_app
 from topkapi.viewer.binary import unpack
 from topkapi.viewer.columns import table as table_of
@@ -157,7 +161,9 @@ def test_the_table_is_sent_again_only_when_it_changed(client):
     wait_for_index(client)
     first = client.get("/api/columns", headers={"accept-encoding": "gzip"})
     assert first.headers["content-encoding"] == "gzip"
-    assert first.content == client.get("/api/columns", headers={"accept-encoding": "identity"}).content
+    plain = client.get("/api/columns", headers={"accept-encoding": "identity"})
+    assert first.content == plain.content
+    assert first.headers["etag"].startswith("W/") or first.headers["etag"] != plain.headers["etag"]  # other bytes
     again = client.get("/api/columns", headers={"if-none-match": first.headers["etag"]})
     assert again.status_code == 304
     assert again.content == b""
@@ -186,6 +192,23 @@ def test_the_whole_dictionary(client, study):
     densest = np.sort(study.density)[::-1][:64].sum() / study.density.sum()
     assert found["dense"]["mass"] == pytest.approx(densest)
     assert len(found["training"]["tokens"]) == len(found["training"]["series"]["normalized_mse"]) > 0
+
+
+def test_many_slow_answers_keep_no_others_waiting(client, monkeypatch):
+    may_end = threading.Event()
+    monkeypatch.setattr(Opened, "overview", property(lambda _opened: {"waited": may_end.wait(20)}))
+    askers = [threading.Thread(target=client.get, args=("/api/global",)) for _ in range(45)]
+    for asker in askers:
+        asker.start()
+    give_up = threading.Timer(5, may_end.set)
+    give_up.start()
+    for path in ("/", "/api/about", "/api/latent/3", "/app.js"):
+        assert client.get(path).status_code == 200
+    assert not may_end.is_set()
+    give_up.cancel()
+    may_end.set()
+    for asker in askers:
+        asker.join()
 
 
 def test_damaged_lines_of_metrics_are_passed_over(client, run):
@@ -258,6 +281,43 @@ def test_labels_written_at_the_same_time_are_all_kept(client, run):
         thread.join()
     assert answers == [200] * 80
     assert len(json.loads((run / "labels.json").read_text())["labels"]) == 40
+
+
+def test_of_two_labels_at_the_same_time_the_later_one_is_kept(client, monkeypatch):
+    set_, is_saving, may_save = Labels.set, threading.Event(), threading.Event()
+
+    def slowly(self, labels):
+        if labels[17]["label"] == "first":
+            is_saving.set()
+            may_save.wait(0.3)  # while the second one arrives
+        return set_(self, labels)
+
+    monkeypatch.setattr(Labels, "set", slowly)
+    first = threading.Thread(target=client.put, args=("/api/labels/17",), kwargs={"json": {"label": "first"}})
+    first.start()
+    assert is_saving.wait(5)
+    answer = client.put("/api/labels/17", json={"label": "second"}).json()
+    first.join()
+    assert client.get("/api/labels").json()["labels"]["17"]["label"] == "second"
+    assert answer["replaced"] == {"17": {"label": "first", "note": ""}}
+
+
+def test_labels_of_two_viewers_are_all_kept(run, study, monkeypatch):
+    def slowly(path, text):
+        time.sleep(0.05)  # in which the other one has read what is there now
+        write_text_atomic(path, text)
+
+    monkeypatch.setattr("topkapi.viewer.labels.write_text_atomic", slowly)
+    viewers = [Labels(run, study.identity["autoencoder"], study.n_latents) for _ in range(4)]
+    threads = [
+        threading.Thread(target=viewer.set, args=({i: {"label": str(i), "note": ""}},))
+        for i, viewer in enumerate(viewers)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert list(viewers[0].all()) == [0, 1, 2, 3]
 
 
 def test_labels_of_one_tick_of_the_clock_are_told_apart(run, study):

@@ -131,11 +131,11 @@ class Latent:
 
         With a reservoir the strongest of the sample.
         """
-        found, contexts, shown = [], set(), set()
+        found, contexts, shown, positions = [], set(), set(), self.study.arrays["positions"]
         for entry in self._falling.tolist():
             if len(found) == n:
                 break
-            if (context := self._position(entry) // self.study.context) in contexts:
+            if (context := int(positions[self.rows[entry]]) // self.study.context) in contexts:
                 continue
             example = self.example(entry)
             if (text := (example.at, *example.tokens)) not in shown:
@@ -174,8 +174,8 @@ class Latent:
         study = self.study
         study.require_complete("co-activation")
         both = np.zeros(study.n_latents, np.int64)
-        offsets, indices = study.arrays["row_offsets"], study.arrays["indices"]
         for start in range(0, len(self.rows), ROWS_AT_ONCE):
+            offsets, indices = study.arrays["row_offsets"], study.arrays["indices"]
             rows = self.rows[start : start + ROWS_AT_ONCE].astype(np.int64)
             begin = offsets[rows]
             length = offsets[rows + 1] - begin
@@ -215,9 +215,6 @@ class Latent:
         entries = np.arange(*np.searchsorted(self.rows, np.array([rows[0], rows[-1] + 1], self.rows.dtype)))
         known |= dict(zip(places[self.rows[entries]].tolist(), self.values[entries].tolist(), strict=True))
         return [known.get(place) for place in range(first, end)]
-
-    def _position(self, entry: int) -> int:
-        return int(self.study.arrays["positions"][self.rows[entry]])
 
     def _draw(self, among: Int64[np.ndarray, " firings"], n: int, seed: int | list[int]) -> list[int]:
         generator = np.random.default_rng([*np.atleast_1d(seed).tolist(), self.i])

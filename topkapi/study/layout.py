@@ -3,6 +3,7 @@
 docs/study-format.md says what each array holds.
 """
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -100,6 +101,47 @@ def mapped(folder: Path, name: str, dtype: str) -> np.ndarray:
     if path.stat().st_size == 0:  # which cannot be mapped
         return np.empty(0, dtype)
     return np.memmap(path, dtype=dtype, mode="r")
+
+
+class Arrays(Mapping[str, np.ndarray]):
+    """The arrays of a finished study, memory-mapped.
+
+    The system ends a process that reads a mapped file where it was cut off since (SIGBUS). So the file is looked at
+    whenever its array is taken, which costs microseconds: take an array when it is read, and keep it no longer.
+
+    Raises:
+        TopkapiError: when an array is taken whose file is not the one that was opened, or was written since.
+    """
+
+    def __init__(self, folder: Path, files: Mapping[str, dict[str, Any]]) -> None:
+        self._paths = {name: path_of(folder, name) for name in files}
+        self._opened = {name: _state(path) for name, path in self._paths.items()}  # before they are mapped
+        self._mapped = {name: mapped(folder, name, facts["dtype"]) for name, facts in files.items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        array, path = self._mapped[name], self._paths[name]
+        if (now := _state(path)) != (then := self._opened[name]):
+            found = "was removed" if now is None else f"has changed (it had {then[0]:,} bytes, and has {now[0]:,})"
+            raise TopkapiError(
+                f"{WHAT}: {path} {found} since it was opened. Open the study again; for the viewer, start topkapi view "
+                "again."
+            )
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._mapped)
+
+    def __len__(self) -> int:
+        return len(self._mapped)
+
+
+def _state(path: Path) -> tuple[int, int, int] | None:
+    """What tells one content of a file from another without reading it, its size first; None where it is gone."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def continued(path: Path, length: int) -> BinaryIO:

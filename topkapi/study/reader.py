@@ -15,7 +15,7 @@ from topkapi.errors import TopkapiError
 from topkapi.model import Autoencoder
 from topkapi.study import directions
 from topkapi.study.latent import Latent
-from topkapi.study.layout import WHAT, mapped, read_header, verify
+from topkapi.study.layout import WHAT, Arrays, read_header, verify
 
 
 class Entries(NamedTuple):
@@ -53,7 +53,7 @@ class Study:
         """Tokens encoded: the rows of the code, less than the tokens of text."""
         self.reservoir: int = self.identity["reservoir"]
         """Firings kept of each latent at most; 0: all of them."""
-        self.arrays = {name: mapped(folder, name, facts["dtype"]) for name, facts in self.header["files"].items()}
+        self.arrays = Arrays(folder, self.header["files"])
 
     def verify(self) -> None:
         """Read all files once. Raises TopkapiError for the first one that is not as it was written."""
@@ -164,7 +164,8 @@ class Study:
 def open_study(folder: Path | str, run: Path | str | None = None) -> Study:
     """The finished study in a folder; `run` is where its autoencoder is now, if the two were moved apart.
 
-    Files are seen to be there and of their right length; `Study.verify` reads them.
+    Files are seen to be there and of their right length; `Study.verify` reads them. A file that changes afterwards is
+    noticed when its array is next taken, a TopkapiError too.
 
     Raises:
         TopkapiError: no finished study, damaged, or of another format.

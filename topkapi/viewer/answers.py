@@ -1,14 +1,17 @@
-"""Answers as JSON: numpy's numbers as Python's, what is not finite as null."""
+"""Answers as JSON: numpy's numbers as Python's, what is not finite as null; and the threads that find them."""
 
+import asyncio
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 import numpy as np
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 LARGEST = 1e300
+AT_ONCE = 4  # slow answers of one kind; there are eight kinds, and 40 threads
 
 
 def finite(value: Any) -> float | int | None:
@@ -46,3 +49,14 @@ class Answer(Response):
 
     def render(self, content: Any) -> bytes:
         return to_json(content)
+
+
+def slow(find: Callable[..., Any]) -> Callable[..., Coroutine[Any, Any, Any]]:
+    """What `find` returns, found in AT_ONCE threads at most: whoever waits beyond them takes no thread from others."""
+    places = asyncio.Semaphore(AT_ONCE)
+
+    async def wait(*arguments: Any) -> Any:
+        async with places:
+            return await run_in_threadpool(find, *arguments)
+
+    return wait

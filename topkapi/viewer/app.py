@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from threading import Lock, Thread
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -22,6 +23,7 @@ from topkapi.viewer.opened import Opened
 from topkapi.viewer.study_api import StudyApi
 
 STATIC = Path(__file__).parent / "static"
+VERIFY_SECONDS = 1.0  # that an answer waits until a study's files are read
 OF_DAMAGE = (ArithmeticError, LookupError, MemoryError, TypeError, ValueError)  # numbers that cannot be
 
 
@@ -34,7 +36,7 @@ def create_app(run: Path, study: Study, *, model: bool = True, host: str = "127.
     Raises:
         TopkapiError: no such run, a study of another one, damaged labels.
     """
-    opened = Opened(run, study, model)
+    opened, verified = Opened(run, study, model), Verified(study)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
@@ -45,13 +47,14 @@ def create_app(run: Path, study: Study, *, model: bool = True, host: str = "127.
             opened.close()
 
     def unexpected(request: Request, error: Exception) -> Response:
-        """What a damaged study may cause: its files are read once, and where they are sound the fault is ours."""
+        """What a damaged study may cause: where its files are sound the fault is ours."""
         try:
-            study.verify()
+            dict(study.arrays)  # each is looked at for changes since it was opened
+            if not verified.wait(VERIFY_SECONDS):
+                sentence = "this failed, as where a study is damaged: its files are being read to see. Ask again later."
+                return Answer({"error": sentence}, 503)
         except TopkapiError as damage:
             return _mistaken(request, damage)
-        except OSError as missing:
-            return _mistaken(request, TopkapiError(f"the study cannot be read: {missing}."))
         raise error
 
     routes = [*StudyApi(opened, LIMITS).routes(), *ModelApi(opened).routes()]
@@ -63,6 +66,32 @@ def create_app(run: Path, study: Study, *, model: bool = True, host: str = "127.
         | {Refused: _refused, TopkapiError: _mistaken, HTTPException: _http},
         lifespan=lifespan,
     )
+
+
+class Verified:
+    """Whether a study's files are as they were written: they are read once, however large, while nobody waits long."""
+
+    def __init__(self, study: Study) -> None:
+        self._study, self._problem, self._lock = study, "", Lock()
+        self._thread = Thread(target=self._verify, name="verify", daemon=True)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether all are read, `seconds` from now at most. Raises TopkapiError where one is damaged."""
+        with self._lock:
+            if self._thread.ident is None:
+                self._thread.start()
+        self._thread.join(seconds)
+        if self._problem:
+            raise TopkapiError(self._problem)
+        return not self._thread.is_alive()
+
+    def _verify(self) -> None:
+        try:
+            self._study.verify()
+        except TopkapiError as damage:
+            self._problem = str(damage)
+        except OSError as error:
+            self._problem = f"the study cannot be read: {error}."
 
 
 def _refused(_request: Request, error: Refused) -> Response:

@@ -20,6 +20,7 @@ class Sent(NamedTuple):
     plain: bytes
     zipped: bytes
     tag: str
+    """Of its content, in quotes."""
 
 
 class Table:

@@ -81,7 +81,7 @@ class Index:
         self.version += 1
 
     def _read_firings(self, texts: Callable[[], Texts], stop: Event) -> bool:
-        arrays, offsets = self.study.arrays, self.study.arrays["latent_offsets"]
+        arrays, offsets = self.study.arrays, self._offsets()
         strongest = np.full(self.study.n_latents, -1, np.int64)
         for start, end in ranges(offsets, ENTRIES_AT_ONCE):
             if stop.is_set():
@@ -100,16 +100,21 @@ class Index:
         return True
 
     def _count_modes(self, stop: Event) -> bool:
-        offsets, values = (self.study.arrays[name] for name in ("latent_offsets", "latent_values"))
+        offsets = self._offsets()
         for start in range(0, self.study.n_latents, LATENTS_AT_ONCE):
             end = min(start + LATENTS_AT_ONCE, self.study.n_latents)
             for i in range(start, end):
                 if stop.is_set():
                     return False
-                self.arrays["modes"][i] = min(len(find_modes(values[offsets[i] : offsets[i + 1]])), NOT_COUNTED - 1)
+                values = self.study.arrays["latent_values"][offsets[i] : offsets[i + 1]]
+                self.arrays["modes"][i] = min(len(find_modes(values)), NOT_COUNTED - 1)
             self.version += 1
             self.done = end  # last: who sees that all are counted asks for the table, which must be a new one
         return True
+
+    def _offsets(self) -> Int64[np.ndarray, " n_latents_plus_1"]:
+        """A copy of where the firings of each latent begin: what is mapped may not be kept."""
+        return np.array(self.study.arrays["latent_offsets"])
 
     def _identity(self) -> str:
         return sha256_json({"format": FORMAT, "firings": MOST_FIRINGS, "files": self.study.header["files"]})

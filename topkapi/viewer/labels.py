@@ -2,13 +2,13 @@
 
 import json
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from topkapi.errors import TopkapiError
-from topkapi.files import read_file, write_text_atomic
+from topkapi.files import lock, read_file, write_text_atomic
 
 LABELS = "labels.json"
+LOCK = ".labels.lock"  # not the run's own, which training holds
 LABEL_CHARACTERS, NOTE_CHARACTERS = 200, 10_000
 
 Label = dict[str, str]
@@ -19,7 +19,6 @@ class Labels:
 
     def __init__(self, run: Path, autoencoder: str, n_latents: int) -> None:
         self.path, self.autoencoder, self.n_latents = run / LABELS, autoencoder, n_latents
-        self._lock = Lock()
         self._read: tuple[tuple[int, ...], dict[int, Label]] = ((), {})
         self.all()
 
@@ -38,13 +37,18 @@ class Labels:
             self._read = (version, self._parsed(self._text()))
         return self._read[1]
 
-    def set(self, labels: dict[int, Label]) -> None:
-        """Add or replace some labels; one with neither label nor note is removed."""
-        with self._lock:
-            merged = self.all() | labels
+    def set(self, labels: dict[int, Label]) -> dict[int, Label]:
+        """Add or replace some labels; one with neither label nor note is removed. Those that were there of the same.
+
+        Others who set labels meanwhile, of another viewer as well, wait.
+        """
+        with lock(self.path.parent, lambda: None, LOCK):
+            before = self.all()
+            merged = before | labels
             kept = {str(i): merged[i] for i in sorted(merged) if any(merged[i].values())}
             text = json.dumps({"autoencoder": self.autoencoder, "labels": kept}, indent=1, ensure_ascii=False)
             write_text_atomic(self.path, text + "\n")
+        return {i: before[i] for i in labels if i in before}
 
     def _text(self) -> str:
         try:

@@ -7,14 +7,13 @@ request is said before the first line, with a status of its own.
 from collections.abc import AsyncIterator
 from typing import Any
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from topkapi.explore import Edit
 from topkapi.viewer import asking
-from topkapi.viewer.answers import Answer, to_json
+from topkapi.viewer.answers import Answer, slow, to_json
 from topkapi.viewer.asking import Object, Refused
 from topkapi.viewer.opened import Opened
 from topkapi.viewer.patterns import Pattern
@@ -34,11 +33,13 @@ class ModelApi:
 
     def __init__(self, opened: Opened) -> None:
         self.opened, self.study = opened, opened.study
+        self._tokenised = slow(self._tokens_of)
+        self._checked = slow(lambda work_of, values: work_of(values))
 
     def routes(self) -> list[Route]:
         """The addresses below /api."""
         return [
-            Route("/latent/{i}/votes", self.votes),
+            Route("/latent/{i}/votes", slow(self.votes)),
             Route("/tokenise", self.tokenise, methods=["POST"]),
             *(Route(f"/{work.__name__}", self._streaming(work), methods=["POST"]) for work in self._works()),
         ]
@@ -56,9 +57,9 @@ class ModelApi:
         values = await asking.body(request)
         asking.only(values, "text")
         text = asking.text(values, "text", asking.BODY_BYTES)
-        return await run_in_threadpool(self._tokenised, text)
+        return await self._tokenised(text)
 
-    def _tokenised(self, text: str) -> Response:
+    def _tokens_of(self, text: str) -> Response:
         texts = self.opened.texts
         ids = texts.ids_inside(text)
         if len(ids) > PROMPT_TOKENS:
@@ -163,7 +164,7 @@ class ModelApi:
             if refusal := self._without_model():
                 return refusal
             values = await asking.body(request)
-            work = await run_in_threadpool(work_of, values)
+            work = await self._checked(work_of, values)
             lines = self.opened.worker.lines(work)
             try:
                 first = await anext(lines)

@@ -1,8 +1,9 @@
 """What may be asked of a run and its study: JSON for each part of the page.
 
-Functions without `async` run in threads, so that a slow answer keeps no other waiting.
+Functions without `async` run in threads, so that a slow answer keeps no other waiting; many `slow` ones do not either.
 """
 
+import asyncio
 import math
 from typing import Any
 
@@ -12,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from topkapi.viewer import asking, examples, runs
-from topkapi.viewer.answers import Answer
+from topkapi.viewer.answers import Answer, slow
 from topkapi.viewer.asking import Refused
 from topkapi.viewer.labels import checked
 from topkapi.viewer.opened import Opened
@@ -25,16 +26,17 @@ class StudyApi:
 
     def __init__(self, opened: Opened, limits: dict[str, int]) -> None:
         self.opened, self.study, self.limits = opened, opened.study, limits
+        self._saving = asyncio.Lock()  # which is given in the order asked for, as threads' locks are not
 
     def routes(self) -> list[Route]:
         """The addresses below /api."""
         return [
             Route("/about", self.about),
-            Route("/columns", self.columns),
-            Route("/latent/{i}", self.latent),
-            Route("/latent/{i}/examples", self.examples),
-            Route("/global", self.overview),
-            Route("/runs", self.runs),
+            Route("/columns", slow(self.columns)),
+            Route("/latent/{i}", slow(self.latent)),
+            Route("/latent/{i}/examples", slow(self.examples)),
+            Route("/global", slow(self.overview)),
+            Route("/runs", slow(self.runs)),
             Route("/labels", self.labels, methods=["GET"]),
             Route("/labels", self.import_labels, methods=["POST"]),
             Route("/labels/{i}", self.set_label, methods=["PUT"]),
@@ -46,8 +48,8 @@ class StudyApi:
 
     def columns(self, request: Request) -> Response:
         """The table of all latents, as far as it is known."""
-        table = self.opened.table.current()
-        headers = {"etag": table.tag, "cache-control": "no-cache", "vary": "accept-encoding"}
+        table = self.opened.table.current()  # its tag is weak, as plain and zipped share it: RFC 9110, section 8.8.1
+        headers = {"etag": f"W/{table.tag}", "cache-control": "no-cache", "vary": "accept-encoding"}
         if table.tag in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
         data = table.plain
@@ -73,7 +75,8 @@ class StudyApi:
             asking.query_number(query, "low", -math.inf),
             asking.query_number(query, "high", math.inf),
         )
-        return Answer(examples.choose(self.study.latent(i), choice, self.opened.texts))
+        texts = self.opened.texts  # before the study is read: it may be long in coming
+        return Answer(examples.choose(self.study.latent(i), choice, texts))
 
     def overview(self, _request: Request) -> Response:
         """The dictionary as a whole."""
@@ -91,7 +94,7 @@ class StudyApi:
         """Label one latent, or remove its label."""
         i = latent_of(request, self.study.n_latents)
         values = await asking.body(request)
-        return await run_in_threadpool(self._save, {str(i): values})
+        return await self._save({str(i): values})
 
     async def import_labels(self, request: Request) -> Response:
         """Add labels to those that are there, in place of those of the same latents."""
@@ -99,9 +102,10 @@ class StudyApi:
         labels = values.get("labels")
         if not isinstance(labels, dict):
             raise Refused("the body must have labels, an object of latents' numbers and labels.")
-        return await run_in_threadpool(self._save, labels)
+        return await self._save(labels)
 
-    def _save(self, labels: dict[str, Any]) -> Response:
+    async def _save(self, labels: dict[str, Any]) -> Response:
+        """One at a time, in the order of their arrival: of two for one latent the later one is kept."""
         found = {}
         for name, label in labels.items():
             i = asking.whole(name, "a latent", 0, self.study.n_latents - 1)
@@ -109,8 +113,9 @@ class StudyApi:
                 found[i] = checked(label)
             except ValueError as error:
                 raise Refused(f"latent {i}: {error}.") from None
-        self.opened.labels.set(found)
-        return Answer({"labels": self.opened.labels.all()})
+        async with self._saving:
+            replaced = await run_in_threadpool(self.opened.labels.set, found)
+        return Answer({"labels": await run_in_threadpool(self.opened.labels.all), "replaced": replaced})
 
 
 def latent_of(request: Request, n_latents: int) -> int:
