@@ -101,6 +101,7 @@ def test_a_study_that_changes_meanwhile_ends_it(study, texts, monkeypatch, capsy
         return find_modes(values)
 
     monkeypatch.setattr(index_module, "find_modes", cut)
+    monkeypatch.setattr(index_module, "LATENTS_AT_ONCE", 8)
     index = Index(study)
     with pytest.raises(TopkapiError, match=r"latent_values\.bin has changed"):
         index.build(lambda: texts, Event())

@@ -103,11 +103,15 @@ class Index:
         offsets = self._offsets()
         for start in range(0, self.study.n_latents, LATENTS_AT_ONCE):
             end = min(start + LATENTS_AT_ONCE, self.study.n_latents)
-            for i in range(start, end):
+            # a copy: looking at the file for each latent slows requests down, and between two looks it may be cut off
+            values = np.split(
+                self.study.arrays["latent_values"][offsets[start] : offsets[end]].copy(),
+                offsets[start + 1 : end] - offsets[start],
+            )
+            for i, firings in enumerate(values, start):
                 if stop.is_set():
                     return False
-                values = self.study.arrays["latent_values"][offsets[i] : offsets[i + 1]]
-                self.arrays["modes"][i] = min(len(find_modes(values)), NOT_COUNTED - 1)
+                self.arrays["modes"][i] = min(len(find_modes(firings)), NOT_COUNTED - 1)
             self.version += 1
             self.done = end  # last: who sees that all are counted asks for the table, which must be a new one
         return True
