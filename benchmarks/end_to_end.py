@@ -292,7 +292,7 @@ def main() -> None:
             shuffle_tokens=options.shuffle_tokens,
         ),
         model=ModelConfig(n_latents=options.n_latents, k=options.k, encoder_scale=0.5),
-        auxk=AuxKConfig(dead_after=min(options.dead_after, max(options.tokens // 4, 1))),
+        auxk=AuxKConfig(dead_after=min(options.dead_after, options.tokens // 4 or options.dead_after)),
         optim=SHORT_RUN,
         eval=EvalConfig(tokens=options.eval_tokens, downstream_tokens=options.eval_tokens // 8),
         tokens=max(options.tokens, 1),

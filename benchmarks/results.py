@@ -62,20 +62,23 @@ def write(arguments: argparse.Namespace) -> None:
     pictures, runs = arguments.page.with_suffix(""), read_folders(arguments.folders)
     require_runs(arguments.folders, runs)
     kept = kept_figures(arguments, runs) if arguments.kept else []
-    with tempfile.TemporaryDirectory() as temporary:
-        drawn, left_out = drawn_by_site(runs, Path(temporary), kept)
-        shutil.rmtree(pictures, ignore_errors=True)
-        pictures.mkdir(parents=True)
-        for figure in drawn:
-            if figure["name"] in PICTURES:
-                shrink(figure["folder"] / f"{figure['name']}.png", pictures / picture_of(figure))
     lines = [*commands(arguments.folders, runs), *made_by(arguments)]
     for number, corpora in enumerate(sorted({" ".join(run.settings["data.corpora"]) for run in runs}), 1):
         if sum(corpora in line for line in lines) > 1:  # the list of files, once
             lines = [f'TEXT{number}="{corpora}"', *(line.replace(corpora, f"$TEXT{number}") for line in lines)]
     for old, _, new in (pair.partition("=") for pair in arguments.named):
         lines = [line.replace(old, new) for line in lines]
-    write_text_atomic(arguments.page, page(runs, drawn, left_out, lines, pictures.name))
+    with tempfile.TemporaryDirectory() as temporary:
+        drawn, left_out = drawn_by_site(runs, Path(temporary), kept)
+        made = Path(temporary) / "page"
+        made.mkdir()
+        for figure in drawn:
+            if figure["name"] in PICTURES:
+                shrink(figure["folder"] / f"{figure['name']}.png", made / picture_of(figure))
+        text = page(runs, drawn, left_out, lines, pictures.name)
+        shutil.rmtree(pictures, ignore_errors=True)  # the page before keeps its pictures until all of these are made
+        shutil.copytree(made, pictures)
+        write_text_atomic(arguments.page, text)
     print(f"{arguments.page}: {len(drawn)} figures, {len(left_out)} left out")
 
 
@@ -113,6 +116,9 @@ def kept_figures(arguments: argparse.Namespace, runs: Sequence[Run]) -> list[Dra
             raise TopkapiError(f"--kept: {path} is no figure, or damaged. {advice}") from None
         if others:
             raise TopkapiError(f"--kept: {path} is of runs that the folders have not: {listed(others, 3)}. {advice}")
+        picture = path.with_suffix(".png")
+        if figure["name"] in PICTURES and not picture.is_file():
+            raise TopkapiError(f"--kept: {path} is without its picture, {picture.name}. {advice}")
         its_sites = {sites[name] for name in figure["runs"]}
         found.append(figure | {"site": its_sites.pop() if len(its_sites) == 1 else ""})
     return found

@@ -4,34 +4,24 @@ Seen to catch: a function that had moved to another module; kernels that overlap
 beside computing counted as time.
 """
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted(path for folder in ("benchmarks", "examples") for path in (ROOT / folder).glob("*.py"))
+from tests import scripts
+
+SCRIPTS = sorted(path for folder in ("benchmarks", "examples") for path in (scripts.ROOT / folder).glob("*.py"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_script_loads(script: Path, monkeypatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.syspath_prepend(script.parent)  # where Python looks first when it runs one
-    loaded(script, monkeypatch)
+    scripts.load(script)
 
 
-def loaded(script: Path, monkeypatch):
-    name = f"script_{script.stem}"
-    spec = importlib.util.spec_from_file_location(name, script)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_a_step_is_cut_into_what_computes_what_communicates_and_what_waits(monkeypatch, tmp_path):
-    scaling = loaded(ROOT / "benchmarks" / "scaling.py", monkeypatch)
+def test_a_step_is_cut_into_what_computes_what_communicates_and_what_waits(tmp_path):
+    scaling = scripts.load("benchmarks/scaling.py")
     kernels = [  # two steps: name, start, length
         ("screen", 0, 4_000), ("ncclAllGather", 3_000, 2_000), ("_update", 6_000, 2_000), ("fill", 7_000, 2_000),
         ("ncclAllReduce", 7_500, 1_000),

@@ -1,5 +1,8 @@
 """Seen to fail when: a check is taken out of `__post_init__`; `from_dict` asks for every field."""
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,6 +108,44 @@ def test_a_dict_of_another_version_is_refused():
         from_dict(TrainConfig, values | {"speed": 3})
     with pytest.raises(TopkapiError, match="StudyConfig lacks tokens; this run was saved by another version"):
         from_dict(StudyConfig, {"reservoir": 3})
+
+
+WRONG_TYPES = """
+import json, sys
+from topkapi.config import *
+from topkapi.config import from_dict, to_dict
+from topkapi.errors import TopkapiError
+whole = to_dict(TrainConfig())
+for place, value in json.loads(sys.argv[1]):
+    *path, name = place.split(".")
+    values = whole if not path else whole[path[0]]
+    made = [lambda: from_dict(TrainConfig, whole)]
+    if path:
+        made.append(lambda: type(getattr(TrainConfig(), path[0]))(**{name: value}))
+    before, values[name] = values[name], value
+    for make in made:
+        try:
+            make()
+        except TopkapiError as error:
+            print(place, error)
+    values[name] = before
+assert from_dict(TrainConfig, whole) == TrainConfig(tokens=10_000_000, auxk=AuxKConfig(coefficient=1 / 32))
+assert OptimConfig(clip_norm=1).clip_norm == 1
+"""
+
+
+def test_values_of_another_type_are_named_from_files_and_from_python():
+    """In a process of its own, as tests have calls checked against their annotations before they are made."""
+    wrong = [("tokens", "many"), ("tokens", 1.5), ("model", 3), ("loggers", ["x"]), ("device", "tpu")]
+    wrong += [("model.k", "4"), ("model.k", True), ("optim.lr", None), ("optim.unit_norm_decoder", 1)]
+    wrong += [("data.corpora", "sotu"), ("data.corpora", [3]), ("language_model.name", 7), ("auxk.dead_after", 2**63)]
+    command = [sys.executable, "-c", WRONG_TYPES, json.dumps(wrong)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    expected = [place for place, _ in wrong for _ in range(2 if "." in place else 1)]
+    assert [line.split()[0] for line in said] == expected
+    assert said[1] == "tokens TrainConfig.tokens must be int; got 1.5."
+    assert said[2] == "model ModelConfig must be an object with a value for each setting; got 3."
+    assert said[-1] == "auxk.dead_after AuxKConfig.dead_after must be below 2^63; got 9223372036854775808."
 
 
 def test_fields_that_an_older_version_did_not_have_take_their_defaults():

@@ -1,6 +1,8 @@
-"""What README.md names exists: files, links, make targets, commands with their flags, and imported names.
+"""What README.md names exists: files, links, make targets, commands with their flags, and imported names. So do the
+files that other pages link.
 
-Seen to catch: a misspelled file, `make tests`, `topkapi trian`, a flag that no command has, and a moved function.
+Seen to catch: a misspelled file, `make tests`, `topkapi trian`, a flag that no command has, a moved function, and
+pictures of a page that were deleted.
 """
 
 import ast
@@ -21,6 +23,8 @@ CODE = re.findall(r"`([^`\n]+)`", PROSE)
 SHELL_LINES = [line for kind, text in BLOCKS if kind == "sh" for line in text.replace("\\\n", " ").splitlines()]
 COMMANDS = [line.split(" #")[0].strip() for line in SHELL_LINES + CODE]
 PATH = re.compile(r"[\w.-]+(/[\w.-]*)+|[\w.-]+\.(py|md|txt|toml|yml|png)")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+PAGES = sorted([REPOSITORY / "CHANGELOG.md", *(REPOSITORY / "docs").rglob("*.md")])
 MADE_BY_RUNNING = ("runs/", ".venv/", "/")
 
 
@@ -29,9 +33,20 @@ def is_path(code: str) -> bool:
     return PATH.fullmatch(code) is not None and not code.startswith(MADE_BY_RUNNING)
 
 
+def linked(text: str) -> set[str]:
+    """Files that a page's links and pictures lead to, from its folder."""
+    return {link.split("#")[0] for link in LINK.findall(text) if "://" not in link} - {""}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_links_exist(page):
+    names = sorted(linked(page.read_text(encoding="utf-8")))
+    assert [name for name in names if not (page.parent / name).exists()] == []
+
+
 def test_files_that_the_readme_names_exist():
     paths = {code for code in CODE if is_path(code)}
-    links = {link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", PROSE) if "://" not in link}
+    links = linked(PROSE)
     assert paths
     assert [name for name in sorted(paths | links) if not (REPOSITORY / name).exists()] == []
 

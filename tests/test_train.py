@@ -421,5 +421,6 @@ def test_loading_waits_for_rows_that_still_travel(tmp_path):
             assert came == ["W_enc"]  # a gather that ends later may bring back what was there before
             raise KeyboardInterrupt
 
+    meta = {"tokens": 1, "position": {}, "n_steps": 1, "scale": 1.0, "metrics": {}, "source": {}}
     with pytest.raises(KeyboardInterrupt):
-        trainer.load_(Saved(1, {"source": {}}, tmp_path))
+        trainer.load_(Saved(1, meta, tmp_path))

@@ -9,6 +9,8 @@ import os
 import shutil
 import sys
 from dataclasses import replace
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import pytest
@@ -19,9 +21,11 @@ from tests.command_line import contents, one_line, train_arguments
 from tests.data.tiny import make_language_model
 from topkapi import checkpoint, files
 from topkapi.cli import main
+from topkapi.config import to_dict
+from topkapi.errors import TopkapiError
 from topkapi.model import Autoencoder
 from topkapi.optim import learning_rate
-from topkapi.train import open_source, train
+from topkapi.train import open_source, saved_config, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -87,6 +91,11 @@ def with_lm(config, **changes):
         (["--bogus", "3"], ["Unrecognized options: --bogus", "See topkapi train demo --help"]),
         (["--model.k"], ["--model.k", "See topkapi train demo --help"]),
         (["--model.activation", "relu", "--loss.sparsity", "l1"], ["--loss.l1-coefficient above 0"]),
+        (["--optim.eps", "inf"], ["OptimConfig.eps must be a finite number above 0; got inf"]),
+        (["--model.encoder-scale", "inf"], ["ModelConfig.encoder_scale must be a finite number above 0; got inf"]),
+        (["--auxk.coefficient", "inf"], ["AuxKConfig.coefficient must be 0 or more, and finite; got inf"]),
+        (["--auxk.dead-after", str(2**63)], ["AuxKConfig.dead_after must be below 2^63; got 9223372036854775808"]),
+        (["--model.n-latents", str(10**12)], ["out of memory. Lower --model.n-latents or --batch-tokens"]),
         (["--optim.lr", "1e38"], ["no longer finite at step", "--optim.lr", "in another --run"]),
     ],
 )
@@ -133,6 +142,18 @@ def test_wrong_text(refused, tiny_config, tmp_path, name, content, expected):
     assert contents(tmp_path / "run") == {}
 
 
+def test_text_that_is_given_twice_is_refused(refused, tiny_config, tmp_path):
+    """Or what is held out of one corpus is trained on in the other."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text("A good line. " * 200)
+    path = tiny_config.data.corpora[0].removeprefix("jsonl:")
+    once = [f"text:{tmp_path}/*.txt"]
+    for corpora in (["sotu", "sotu"], [f"jsonl:{path}", f"jsonl:{path}:text"], [*once, f"text:{tmp_path}/b.txt"]):
+        arguments = train_arguments(tiny_config, tmp_path / "run", "--data.corpora", *corpora)
+        refused(arguments, corpora[0], corpora[1], "held out and trained on too", "Give each text once")
+    train([with_data(tiny_config, corpora=tuple(once))], [tmp_path / "run"])
+
+
 def test_activations_that_are_not_finite(refused, tiny_config, tiny_language_model, tmp_path):
     broken = shutil.copytree(tiny_language_model, tmp_path / "lm")
     weights = load_file(broken / "model.safetensors")
@@ -171,6 +192,82 @@ def test_a_run_resumed_with_other_settings(refused, finished, tiny_config):
     refused(arguments, "model.k: 5 against 4; optim.beta1: 0.8 against 0.9", f"topkapi train {finished} --resume")
 
 
+@pytest.mark.parametrize("name", ["README.md", "model.safetensors", "metrics.jsonl"])
+def test_training_writes_over_nothing_that_is_not_its_own(refused, tiny_config, tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("mine")
+    for more in ([], ["--resume"]):
+        refused(train_arguments(tiny_config, tmp_path / "run", *more), "something else than a run", name, "--run")
+    assert contents(tmp_path / "run") == {name: b"mine"}
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "expected"),
+    [
+        (["training", "bogus"], 1, "config.json: TrainConfig has no field bogus"),
+        (["autoencoder", "d_model"], 65, "beside it wants {'W_enc': (128, 65)"),
+        (["autoencoder", "activation"], "gelu", "activation must be topk or relu; got 'gelu'"),
+        (["autoencoder", "seed"], 1, "says seed, unknown to this version"),
+        (["site"], 3, "has no site, or another thing in its place"),
+    ],
+)
+def test_a_config_of_somebody_else(refused, finished, tmp_path, place, value, expected):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    config = files.read_json(run / "config.json", "config")
+    reduce(getitem, place[:-1], config)[place[-1]] = value
+    files.write_json(run / "config.json", config)
+    refused(["eval", str(run)], str(run), expected)
+    if place[0] == "training":
+        refused(["figures", str(run), "--out", str(tmp_path / "out")], "config.json", expected)
+
+
+def test_a_language_model_of_another_width(refused, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    ae = Autoencoder(d_model=65, n_latents=128, k=4, site="resid_post.0", training=to_dict(saved_config(run)))
+    ae.save_pretrained(run)
+    refused(["eval", str(run)], "d_model=65", "have 64", "not the language model that the run was trained on")
+
+
+def test_manifests_of_somebody_else(finished, tmp_path):
+    """With a checksum that is right: each is refused as damaged, and none ends in a KeyError."""
+    from topkapi.data.activations import CachedBlocks
+    from topkapi.data.gguf_models import CHECKSUMS, _require_sound
+    from topkapi.data.tokens import TokenFile
+
+    step = checkpoint.steps(finished)[-1]
+    manifest = checkpoint.folder_of(tmp_path, step) / checkpoint.MANIFEST
+    entry = {"rows": 1, "sha256": "", "counts": {}}
+    for path, value, read in (
+        (tmp_path / "tokens.json", {"tokens": "", "offsets": ""}, lambda: TokenFile.open(tmp_path)),
+        (tmp_path / "manifest.json", {"name": "lm"}, lambda: CachedBlocks.open(tmp_path, {})),
+        (
+            tmp_path / "manifest.json",
+            {"name": "lm", "identity": {}, "blocks": [entry]},
+            lambda: CachedBlocks.open(tmp_path, {}),
+        ),
+        (tmp_path / CHECKSUMS, {"config.json": 3}, lambda: _require_sound(tmp_path)),
+        (manifest, {"step": step, "meta": {}}, lambda: checkpoint.load(tmp_path, step)),
+    ):
+        files.write_json(path, value)
+        with pytest.raises(TopkapiError, match="or another thing in its place"):
+            read()
+
+
+def test_a_checkpoint_without_its_place_in_the_data(refused, finished, tiny_config, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "model.safetensors").unlink()
+    manifest = checkpoint.folder_of(run, checkpoint.steps(run)[-1]) / checkpoint.MANIFEST
+    value = files.read_json(manifest, "checkpoint")
+    del value["meta"]["position"]
+    files.write_json(manifest, value)
+    refused(["train", str(run), "--resume"], "has no position", "takes the checkpoint before it")
+    shutil.rmtree(manifest.parent)
+    train([tiny_config], [run], resume=True)
+
+
 def test_an_unfinished_run_is_not_evaluated(refused, finished, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     (run / "model.safetensors").unlink()
@@ -202,6 +299,7 @@ def test_an_empty_path_is_not_the_current_folder(refused, finished, tmp_path, mo
     refused(["sweep", "demo", "--out="], "--out is empty")
     refused(["study", ".", "--tokens", "16", "--out", ""], "--out is empty")
     refused(["train", "", "--resume"], "no recipe or run ''")
+    refused(["figures", ".", "", "--out", str(tmp_path / "out")], "a folder is empty: give run folders")
     refused(["eval", ""], "topkapi eval needs a run first", "got ''")
     refused(["study", "", "--tokens", "16"], "topkapi study needs a run first", "got ''")
     assert contents(tmp_path) == before

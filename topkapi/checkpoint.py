@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from topkapi.console import say
 from topkapi.errors import TopkapiError
-from topkapi.files import read_json, sha256, whole_folder, write_json
+from topkapi.files import read_json, require_shape, sha256, whole_folder, write_json
 from topkapi.parallel import ALONE, Mesh
 
 METADATA, MANIFEST = ".metadata", "manifest.json"
@@ -217,13 +217,20 @@ def load(run: Path, step: int, mesh: Mesh = ALONE) -> Checkpoint:
         TopkapiError: a file is missing or damaged; on every process.
     """
     folder = folder_of(run, step)
-    manifest = mesh.on_first(lambda: read_json(folder / MANIFEST, "checkpoint"))
+    manifest = mesh.on_first(lambda: _manifest(folder))
     mine = sorted(manifest["files"].items())[mesh.rank :: mesh.n_ranks]
     damages = [_damage(folder / name, checksum) for name, checksum in mine]
     found = [damage for some in mesh.gather_objects(damages) for damage in some if damage]
     if found:
         raise TopkapiError(found[0])
     return Checkpoint(manifest["step"], manifest["meta"], folder)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    found = read_json(folder / MANIFEST, "checkpoint")
+    shape = {"step": int, "meta": dict, "files": {METADATA: str, "*": str}}
+    require_shape(found, shape, folder / MANIFEST, "checkpoint", "")
+    return found
 
 
 def load_newest(runs: list[Path], mesh: Mesh = ALONE) -> list[Checkpoint] | None:

@@ -10,18 +10,40 @@ import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from topkapi.errors import TopkapiError
 
 Logger = Literal["tensorboard", "wandb", "trackio"]
-SITE_PATTERN = re.compile(r"(resid_pre|resid_post|attn_out|mlp_out)\.(\d+)")
+SITE_PATTERN = re.compile(r"(resid_pre|resid_post|attn_out|mlp_out)\.([0-9]+)")
+LARGEST = 2**63 - 1  # what tensors count with
 
 
 def _require(config: object, field_name: str, ok: bool, wanted: str) -> None:
     if not ok:
         given = getattr(config, field_name)
         raise TopkapiError(f"{type(config).__name__}.{field_name} must be {wanted}; got {given!r}.")
+
+
+def _require_types(config: Any) -> None:
+    """Raise TopkapiError for a field that has not its type, as in files and programs of others, or overflows int64."""
+    for f in fields(config):
+        given, kind = getattr(config, f.name), f.type
+        name = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind).replace("typing.", "")
+        _require(config, f.name, is_of(given, kind), name)
+        _require(config, f.name, type(given) is not int or abs(given) <= LARGEST, "below 2^63")
+
+
+def is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of a field's type; a whole number is a float too, and true is no number."""
+    parts = get_args(kind)
+    if get_origin(kind) is Literal:
+        return value in parts
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(is_of(one, parts[0]) for one in value)
+    if parts:
+        return any(is_of(value, part) for part in parts)
+    return isinstance(value, int | float if kind is float else kind) and (kind is bool or not isinstance(value, bool))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +60,7 @@ class LanguageModelConfig:
     """Contexts in one forward pass of the language model."""
 
     def __post_init__(self) -> None:
+        _require_types(self)
         _require(self, "name", bool(self.name), "a model: a hub id, a folder, a .gguf file or pip:PACKAGE")
         _require(
             self,
@@ -83,6 +106,7 @@ class DataConfig:
     """Seed of the order of contexts and tokens; the same seed gives the same stream for any autoencoder."""
 
     def __post_init__(self) -> None:
+        _require_types(self)
         _require(self, "corpora", len(self.corpora) > 0, "at least one corpus")
         _require(self, "max_tokens", self.max_tokens >= 1, "at least 1")
         _require(self, "context", self.context >= 2, "at least 2")
@@ -112,10 +136,11 @@ class ModelConfig:
     """Seed of the initial decoder directions."""
 
     def __post_init__(self) -> None:
+        _require_types(self)
         _require(self, "n_latents", self.n_latents >= 1, "at least 1")
         _require(self, "k", self.k >= 1, "at least 1")
         _require(self, "k", self.k <= self.n_latents, f"at most n_latents={self.n_latents}")
-        _require(self, "encoder_scale", self.encoder_scale > 0, "more than 0")
+        _require(self, "encoder_scale", 0 < self.encoder_scale < math.inf, "a finite number above 0")
         _require(self, "seed", self.seed >= 0, "0 or more")
 
 
@@ -131,7 +156,8 @@ class LossConfig:
     """Weight of the penalty relative to normalized MSE."""
 
     def __post_init__(self) -> None:
-        _require(self, "l1_coefficient", self.l1_coefficient >= 0, "0 or more")
+        _require_types(self)
+        _require(self, "l1_coefficient", 0 <= self.l1_coefficient < math.inf, "0 or more, and finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +174,9 @@ class AuxKConfig:
     """Tokens without firing after which a latent counts as dead."""
 
     def __post_init__(self) -> None:
+        _require_types(self)
         _require(self, "auxk", self.auxk == "auto" or self.auxk >= 0, "auto, or 0 or more")
-        _require(self, "coefficient", self.coefficient >= 0, "0 or more")
+        _require(self, "coefficient", 0 <= self.coefficient < math.inf, "0 or more, and finite")
         _require(self, "dead_after", self.dead_after >= 1, "at least 1 token")
 
 
@@ -190,12 +217,13 @@ class OptimConfig:
     dictionaries of millions of latents; on cuda only."""
 
     def __post_init__(self) -> None:
+        _require_types(self)
         _require(self, "lr", self.lr == "auto" or 0 < self.lr < math.inf, "auto, or a finite number above 0")
         _require(self, "lr_warmup", 0 <= self.lr_warmup <= 1, "between 0 and 1")
         _require(self, "lr_decay", 0 <= self.lr_decay <= 1 - self.lr_warmup + 1e-9, "between 0 and 1 - lr_warmup")
         _require(self, "beta1", 0 <= self.beta1 < 1, "in [0, 1)")
         _require(self, "beta2", 0 <= self.beta2 < 1, "in [0, 1)")
-        _require(self, "eps", self.eps > 0, "more than 0")
+        _require(self, "eps", 0 < self.eps < math.inf, "a finite number above 0")
         _require(self, "clip_norm", self.clip_norm >= 0, "0 or more")
         _require(self, "ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
 
@@ -228,6 +256,7 @@ class ParallelConfig:
     exchange says."""
 
     def __post_init__(self) -> None:
+        _require_types(self)
         _require(self, "shards", self.shards >= 1, "at least 1")
         _require(self, "micro_batch_tokens", self.micro_batch_tokens >= 0, "0 (all of them) or more")
         _require(self, "capacity", 0 < self.capacity < math.inf, "a finite number above 0")
@@ -250,6 +279,7 @@ class EvalConfig:
     """Held-out tokens run through the whole language model, several times, for cross-entropy and KL."""
 
     def __post_init__(self) -> None:
+        _require_types(self)
         _require(self, "tokens", self.tokens >= 1, "at least 1")
         _require(self, "downstream_tokens", self.downstream_tokens >= 0, "0 (skip) or more")
 
@@ -269,6 +299,7 @@ class StudyConfig:
     means stay exact. 0 keeps the complete code."""
 
     def __post_init__(self) -> None:
+        _require_types(self)
         _require(self, "tokens", self.tokens >= 1, "at least 1")
         _require(self, "reservoir", self.reservoir >= 0, "0 (all of them) or more")
 
@@ -316,6 +347,7 @@ class TrainConfig:
     """Where metrics go besides metrics.jsonl."""
 
     def __post_init__(self) -> None:
+        _require_types(self)
         for name in ("tokens", "batch_tokens", "log_every", "save_every", "keep_checkpoints"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         if self.model.activation == "topk" and self.loss.sparsity != "none":
@@ -393,8 +425,10 @@ def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
     """The inverse of `to_dict`. Fields that are missing, as an older version did not have them, take their defaults.
 
     Raises:
-        TopkapiError: unknown fields, which it names, or missing ones without a default.
+        TopkapiError: unknown fields, which it names, missing ones without a default, or values that do not fit.
     """
+    if not isinstance(values, Mapping):
+        raise TopkapiError(f"{cls.__name__} must be an object with a value for each setting; got {values!r}.")
     known = {f.name: f for f in fields(cls)}
     if strange := sorted(set(values) - set(known)):
         raise TopkapiError(f"{cls.__name__} has no field {', '.join(strange)}; this run was saved by another version.")
@@ -415,7 +449,7 @@ def absent(cls: type, values: Mapping[str, Any], prefix: str = "") -> list[str]:
     for f in fields(cls):
         if f.name not in values:
             found.append(prefix + f.name)
-        elif is_dataclass(f.type):
+        elif is_dataclass(f.type) and isinstance(values[f.name], Mapping):
             found += absent(f.type, values[f.name], f"{prefix}{f.name}.")
     return found
 

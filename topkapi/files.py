@@ -189,7 +189,7 @@ def require_shape(value: dict[str, Any], shape: Mapping[str, Any], path: Path, w
     `shape` has types by name, or dicts of them; the name "*" stands for all that are there.
     """
     if name := _missing(value, shape):
-        raise TopkapiError(f"{what}: {path} has no {name}, or another thing in its place. {remedy}")
+        raise TopkapiError(f"{what}: {path} has no {name}, or another thing in its place. {remedy}".rstrip())
 
 
 def _missing(value: dict[str, Any], shape: Mapping[str, Any]) -> str:

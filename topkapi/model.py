@@ -201,6 +201,7 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="topkapi", licen
                     f"{name} is neither a folder here nor an autoencoder on the hub ({reason})."
                 ) from None
         tensors, config = published.read_published(folder)
+        _require_fitting(folder, config, tensors)
         about = {key: config[key] for key in ("language_model", "site", "training", "summary") if key in config}
         ae = cls(**config["autoencoder"], **about)
         ae.load_state_dict(tensors)
@@ -209,6 +210,25 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="topkapi", licen
     def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
         """The README.md that is published beside the weights."""
         return ModelCard(_model_card(self))
+
+
+def _require_fitting(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Raise TopkapiError where an autoencoder that others wrote has weights that its config.json does not describe."""
+    sizes = config["autoencoder"]
+    n_latents, d_model = sizes["n_latents"], sizes["d_model"]
+    wanted = {"W_enc": (n_latents, d_model), "W_dec": (n_latents, d_model)}
+    wanted |= {"latent_bias": (n_latents,), "pre_bias": (d_model,)}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != wanted:
+        raise TopkapiError(f"{folder / published.WEIGHTS} has {found}; {published.CONFIG} beside it wants {wanted}.")
+    if strange := sorted(sizes.keys() - {"n_latents", "d_model", "k", "activation"}):
+        raise TopkapiError(
+            f"{folder / published.CONFIG} says {', '.join(strange)}, unknown to this version of Topkapi."
+        )
+    if sizes.get("activation", "topk") not in ("topk", "relu"):
+        raise TopkapiError(
+            f"{folder / published.CONFIG}: activation must be topk or relu; got {sizes['activation']!r}."
+        )
 
 
 def relu_latents(

@@ -13,6 +13,8 @@ from topkapi.files import load_tensors, read_json, require_shape, save_tensors, 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 SHAPE = {
     "autoencoder": {"d_model": int, "n_latents": int, "k": int},
+    "language_model": str | None,  # left out by others, as those below
+    "site": str | None,
     "files": dict | None,  # of a finished one
     "summary": dict | None,
     "training": dict | None,

@@ -40,18 +40,21 @@ from topkapi.data.pipeline import open_batches
 from topkapi.data.tokens import Splits, tokenize
 from topkapi.dead import DeadCounter
 from topkapi.errors import TopkapiError, command_line
-from topkapi.files import lock, remove_leftovers, sha256_json, write_text_atomic
+from topkapi.files import lock, remove_leftovers, require_shape, sha256_json, write_text_atomic
 from topkapi.loss import LossTerms, mse_scale
 from topkapi.metrics import MetricsLog, NoLog, require
 from topkapi.model import OF_LATENTS, PARAMETERS, Autoencoder, Working
 from topkapi.ops.normalise import normalise
 from topkapi.optim import Optimizer, learning_rate
 from topkapi.parallel import ALONE, Mesh, device_of, launched, open_mesh
+from topkapi.results import METRICS
 from topkapi.step import relu_step, topk_step
 
 WEIGHTS = ("W_enc", "W_dec")
 WITHOUT_LATENTS = "pre_bias"  # the parameter that is the same on every shard
 FINGERPRINT = "language_model_fingerprint"  # in a published autoencoder's summary
+META = {"tokens": int, "position": {"*": int}, "n_steps": int, "scale": float, "metrics": dict, "source": dict}
+"""Of a checkpoint's manifest: what `Trainer.snapshot` puts beside the tensors."""
 NOT_FINITE = "not_finite.txt"  # in the folder of a run that was left behind: why
 SECOND_SIGNAL_AFTER = 2.0  # seconds: a launcher and a terminal may both pass on what was one
 MOST_LOST = 0.01  # share of the k largest latents that shards may lose without a warning: ten times what is planned
@@ -216,6 +219,8 @@ class Trainer:
     @torch.no_grad()
     def load_(self, saved: checkpoint.Checkpoint) -> None:
         """Go back to a checkpoint. Raises TopkapiError if it was trained on other activations."""
+        remedy = f"Delete {saved.folder}: --resume then takes the checkpoint before it."
+        require_shape(saved.meta, META, saved.folder / checkpoint.MANIFEST, "checkpoint", remedy)
         theirs = saved.meta["source"]
         if changed := [name for name, value in self.source_identity.items() if theirs.get(name) != value]:
             raise TopkapiError(
@@ -265,7 +270,8 @@ def train(
 
     Raises:
         NotFinite: of one or more; the others are finished.
-        TopkapiError: a run exists already (without resume), a config differs from the one saved, bad input.
+        TopkapiError: a run exists already (without resume), a folder has files that would be written over, a config
+            differs from the one saved, bad input.
         Interrupted: SIGINT or SIGTERM came; checkpoints are written.
     """
     _check_agreement(configs, runs)
@@ -509,7 +515,16 @@ def load_run(run: Path) -> tuple[Autoencoder, TrainConfig]:
 
 
 def warn_if_changed(run: Path, ae: Autoencoder, language_model: LanguageModel) -> None:
-    """Say so where a language model is not the one that a run was trained on; older runs do not know which it was."""
+    """Say so where a language model is not the one that a run was trained on; older runs do not know which it was.
+
+    Raises:
+        TopkapiError: its activations have another width.
+    """
+    if language_model.d_model != ae.d_model:
+        raise TopkapiError(
+            f"{run} explains activations of d_model={ae.d_model}, and those of {language_model.name} have "
+            f"{language_model.d_model}: it is not the language model that the run was trained on. Restore that one."
+        )
     if ae.summary.get(FINGERPRINT) not in (None, language_model.fingerprint):
         say(
             f"warning: {language_model.name} is not the language model that {run} was trained on: its weights or "
@@ -531,7 +546,10 @@ def _config_of(run: Path, values: dict[str, Any] | None) -> TrainConfig:
         _say_once(
             f"{run}: saved by an older version, without {', '.join(names)}; defaults, which do as it did, are used."
         )
-    return from_dict(TrainConfig, values)
+    try:
+        return from_dict(TrainConfig, values)
+    except TopkapiError as error:
+        raise TopkapiError(f"{run / published.CONFIG}: {error}") from None
 
 
 @cache  # a command reads a run's config more than once
@@ -576,6 +594,11 @@ def _check_run(config: TrainConfig, run: Path, resume: bool) -> None:
     if not exists:
         if checkpoint.steps(run):
             raise TopkapiError(f"{run} has checkpoints but no {published.CONFIG}; restore it, or name another --run.")
+        if theirs := [name for name in (published.CARD, published.WEIGHTS, METRICS) if (run / name).exists()]:
+            raise TopkapiError(
+                f"{run} holds something else than a run, and training would write over its {', '.join(theirs)}. Name "
+                "another folder with --run."
+            )
         return
     saved = saved_config(run)
     d_model = published.read_config(run)["autoencoder"]["d_model"]

@@ -214,6 +214,12 @@ def test_pieces_of_a_word_are_named(spliced):
     assert encode(spliced.lm, "the").shape == (1, len(spliced.lm.tokenizer("the")["input_ids"]))
 
 
+def test_bytes_that_are_no_text_are_told(spliced):
+    for read in (encode, single_token):
+        with pytest.raises(TopkapiError, match=r"'a\\udcff' is no text: it has bytes that are not UTF-8"):
+            read(spliced.lm, "a\udcff")
+
+
 def test_tokenizers_that_begin_texts_with_a_space_are_understood(spliced):
     """As those of SentencePiece do: 'he' and ' he' are one token, and so is 'he' behind a letter."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -4,27 +4,19 @@ Mutations seen caught: the table without the difference to no edit, or with that
 of no latents asked for.
 """
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
 import topkapi.explore
+from tests import scripts
 
-ROOT = Path(__file__).parents[2] / "benchmarks"
-COMMITTED = ROOT / "results" / "h200-2026-11-23-exploring.json"
+COMMITTED = scripts.ROOT / "benchmarks" / "results" / "h200-2026-11-23-exploring.json"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("exploring_script", ROOT / "exploring.py")
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, spec.name, module)  # where its dataclasses look for their own module
-        spec.loader.exec_module(module)
-    return module
+    return scripts.load("benchmarks/exploring.py")
 
 
 def test_committed_tables_are_those_of_the_committed_counts(script):

@@ -45,6 +45,12 @@ def test_the_same_seed_gives_the_same_samples(make, family, monkeypatch):
             assert same((apart.clean, apart.steered), (more.clean, more.steered))
 
 
+def test_logits_that_are_no_numbers_are_told_and_not_a_kl_of_zero(make):
+    huge = [Edit(1, "clamp", 1e6), *[Edit(1, "scale", 1e6)] * 60]  # beyond float64
+    with pytest.raises(TopkapiError, match=r"clamp latent 1 1e.06, .* no numbers: give smaller values"):
+        sample(make(), PROMPT, huge, 1, 2)
+
+
 def test_an_edit_that_changes_nothing_gives_the_same_text(make):
     spliced = make()
     for edits in ([], [Edit(5, "scale", 1.0)], [Edit(5, "clamp", 9.0, where=(100,))]):

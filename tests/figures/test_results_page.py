@@ -6,7 +6,6 @@ kept figures of other runs, or a sweep before its first run, ending in a traceba
 """
 
 import argparse
-import importlib.util
 import json
 import shutil
 import sys
@@ -16,22 +15,19 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests import scripts
 from tests.figures.synthetic import write_sweep
 from topkapi.figures import codes, densities, laws, modality, seeds, sources
 from topkapi.recipes import demo
 from topkapi.sweep.grid import Grid
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "results.py"
 SITES = ("resid_post.10", "resid_post.20")
 SEEDS = ["a/n256-k8-seed0", "a/n256-k8-seed1"]
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("results_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.load("benchmarks/results.py")
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +91,7 @@ def test_modes_are_drawn_once_of_all_sites_and_the_rest_once_a_site(script, page
         ({"seeds.json": {"name": "seeds", "runs": ["c/n1"]}}, "seeds.json is of runs that the folders have not: c/n1."),
         ({"bench.json": {"cases": []}}, "bench.json is no figure, or damaged."),
         ({"seeds.json": ["runs"]}, "seeds.json is no figure, or damaged."),
+        ({"seeds.json": {"name": "seeds", "runs": []}}, "seeds.json is without its picture, seeds.png."),
         ({}, "kept has no figures, which topkapi figures writes as NAME.json."),
     ],
 )
@@ -103,7 +100,7 @@ def test_kept_figures_of_other_runs_are_one_line(script, page, tmp_path, monkeyp
     for name, content in kept.items():
         (tmp_path / "kept" / name).write_text(json.dumps(content))
     folder = str(page.parent / "a")
-    line = refused(script, monkeypatch, capsys, folder, "--kept", str(tmp_path / "kept"))
+    line = refused(script, monkeypatch, capsys, page, folder, "--kept", str(tmp_path / "kept"))
     assert said in line
     assert line.endswith(f"or draw these where their weights are: topkapi figures {folder} --out NEW.\n")
 
@@ -112,19 +109,21 @@ def test_a_sweep_that_has_not_begun_is_one_line(script, page, tmp_path, monkeypa
     sweep = tmp_path / "new"
     sweep.mkdir()
     shutil.copy(page.parent / "a" / "sweep.json", sweep)
-    line = refused(script, monkeypatch, capsys, str(page.parent / "a"), str(sweep))
+    line = refused(script, monkeypatch, capsys, page, str(page.parent / "a"), str(sweep))
     assert f"no run has begun in {sweep}: run that topkapi sweep again" in line
 
 
-def refused(script, monkeypatch, capsys, *words: str) -> str:
-    """What the script says before it leaves with status 2, on one line."""
-    monkeypatch.setattr(sys, "argv", ["results.py", *words])
+def refused(script, monkeypatch, capsys, page, *words: str) -> str:
+    """What the script says before it leaves with status 2, on one line. The page keeps its pictures."""
+    monkeypatch.setattr(sys, "argv", ["results.py", *words, "--page", str(page)])
+    pictures = sorted(page.with_suffix("").iterdir())
     with pytest.raises(SystemExit) as end:
         script.main()
     assert end.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith("results.py: ")
     assert said.count("\n") == 1
+    assert sorted(page.with_suffix("").iterdir()) == pictures
     return said
 
 

@@ -19,5 +19,6 @@ def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(weight_gradients, "SPLIT", 8)
     monkeypatch.setattr(weight_gradients, "LONG", 9)
-    few = {"latents": 4, "positions": 2, "columns": 64, "programs": 3, "warps": 1}
-    monkeypatch.setattr(weight_gradients, "BIASES", few)
+    monkeypatch.setattr(weight_gradients, "BIASES", {"positions": 2, "columns": 64, "warps": 1})
+    for turn in ("WITH_ROWS", "SUMS_ALONE"):
+        monkeypatch.setattr(weight_gradients, turn, {"latents": 4, "programs": 3, "wide": 16})

@@ -38,6 +38,12 @@ def run(tiny_run, tmp_path):
 
 
 @pytest.fixture
+def all_mapped(monkeypatch):
+    """Files of any size are mapped, as those of a large study are."""
+    monkeypatch.setattr("topkapi.study.layout.READ_BYTES", -1)
+
+
+@pytest.fixture
 def study(run):
     return topkapi.study.open(run / "study", run)
 

@@ -3,24 +3,19 @@
 Mutation seen to fail: the offsets of latents not written before `invert`.
 """
 
-import importlib.util
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 
 import topkapi.study
+from tests import scripts
 from tests.viewer.serving import served
-
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "viewer.py"
 
 
 @pytest.fixture
 def benchmark(monkeypatch):
     """The script as a module, for a tokenizer of few tokens."""
-    spec = importlib.util.spec_from_file_location("viewer_benchmark", BENCHMARK)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = scripts.load("benchmarks/viewer.py")
     for name, value in {"VOCABULARY": 60, "D_MODEL": 16, "K": 4, "DOCUMENT": 70, "REPETITIONS": 7}.items():
         monkeypatch.setattr(module, name, value)
     return module

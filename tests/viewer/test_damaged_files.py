@@ -3,7 +3,8 @@
 Seen to fail when: an eval.json with a text for a number is trusted; a point of a sweep may have any name; numbers
 beyond floating point go into the law; a pipe is waited for; a study's files are not looked at after an index out of
 range; a labels.json that is a folder is read; of a study that is served sizes are looked at and not times, or nothing;
-its files are read at each failure, or while an answer waits.
+its files are read at each failure, or while an answer waits; what is read at opening is not verified, or mapped; of
+what is mapped counts and maxima of a latent are not compared, or latents beside it that are none are counted.
 """
 
 import json
@@ -200,6 +201,7 @@ def test_pipes_are_not_waited_for(client, run, other):
         give_up.cancel()
 
 
+@pytest.mark.usefixtures("all_mapped")
 @pytest.mark.parametrize("change", ["cut off", "written over", "exchanged", "deleted"])
 def test_a_study_that_changes_while_it_is_served_is_told(client, run, study, change, capsys):
     i = int(study.n_fired.argmax())
@@ -257,6 +259,25 @@ def test_a_studys_files_are_read_once_and_not_waited_for(client, study, monkeypa
     assert ("IndexError" in capsys.readouterr().err) != is_damaged
 
 
+def test_what_is_read_at_opening_is_verified_and_stays_as_it_was(run, study, client):
+    i = int(study.n_fired.argmax())
+    paths = (f"latent/{i}", f"latent/{i}/examples")
+    before = [client.get(f"/api/{path}").json() for path in paths]
+    for name, array in study.arrays.items():
+        assert not isinstance(array, np.memmap)  # which would end this process below
+        path = run / "study" / f"{name}.bin"
+        content = path.read_bytes()
+        exchange(path, bytes([content[0] ^ 1]) + content[1:])
+        with pytest.raises(TopkapiError, match=rf"{name}\.bin is damaged"):
+            topkapi.study.open(run / "study", run)
+        exchange(path, content)
+    for name in study.arrays:
+        os.truncate(run / "study" / f"{name}.bin", 0)
+    assert [client.get(f"/api/{path}").json() for path in paths] == before
+    assert ask(client, f"/api/latent/{i + 1}/examples") == 200
+
+
+@pytest.mark.usefixtures("all_mapped")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy
 def test_a_damaged_study_is_told(run, capsys):
     sound = topkapi.study.open(run / "study", run)
@@ -275,4 +296,5 @@ def test_a_damaged_study_is_told(run, capsys):
                 told.add(name)
         exchange(path, content)
     assert {"latent_rows", "positions", "row_offsets"} <= told
+    assert {"latent_offsets", "latent_values", "maxima", "n_fired", "indices"} <= told
     capsys.readouterr()

@@ -1,7 +1,8 @@
 """The index: kept beside the study, made again where it is not of it, and of bounded time for each latent.
 
 Seen to fail when: its file is trusted without its checksum; the identity leaves out the study's files; the strongest
-firing of a range is looked for in the range before; the firings are kept while modes are counted.
+firing of a range is looked for in the range before; the firings are kept while modes are counted; sums of
+squares are not compared with those of the study.
 """
 
 import json
@@ -93,6 +94,21 @@ def test_a_folder_that_cannot_be_written_keeps_no_index(study, texts, monkeypatc
     assert "Read-only file system" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("all_mapped")
+def test_nothing_is_made_or_kept_of_damaged_firings(study, texts, capsys):
+    path = study.folder / "latent_values.bin"
+    values = np.fromfile(path, "<f4")
+    values[len(values) // 2] *= 0.9  # a value like others
+    values.tofile(path)
+    index = Index(topkapi.study.open(study.folder, study.run))
+    with pytest.raises(TopkapiError, match=r"latent_values\.bin is damaged"):
+        index.build(lambda: texts, Event())
+    assert index.facts()["state"] == "failed"
+    assert not (study.folder / FILE).exists()
+    capsys.readouterr()
+
+
+@pytest.mark.usefixtures("all_mapped")
 def test_a_study_that_changes_meanwhile_ends_it(study, texts, monkeypatch, capsys):
     path = study.folder / "latent_values.bin"
 

@@ -303,6 +303,16 @@ def test_a_latent_without_a_number_is_not_clamped(window):
     assert write.is_enabled()
 
 
+def test_a_prompt_of_which_training_would_use_nothing_says_so(window):
+    window.go("#/prompt?text=e", ".prompt-strip .token")
+    assert "training leaves out" in window.text(".state-note").lower()
+    for n in (1, 2):
+        window.page.locator(f".next li:nth-child({n}) button").nth(n - 1).click()
+    window.page.get_by_role("button", name="Attribute", exact=True).click()
+    window.page.wait_for_selector(".attribution .state-note")
+    assert window.page.locator(".attribution table").count() == 0
+
+
 def test_a_link_to_a_prompt_reads_it_once(window):
     asked = []
     window.page.on("request", lambda request: asked.append(request.url) if "api/prompt" in request.url else None)

@@ -54,8 +54,6 @@ def calibrate(path: Path, device: torch.device, seconds: float = 1.0) -> Hardwar
     bench(CASES[device.type], options)
     found = described(json.loads((folder / "bench.json").read_text(encoding="utf-8")), known)
     save(found, path)
-    if device.type == "cpu":
-        say("the model of a step is one of GPUs: what it says of a CPU shows that measuring works, and little else.")
     say(f"{found.name}: {path}, from {folder / 'bench.json'}. Plan with it: {command_line('plan', '--gpu', path)} ...")
     return found
 
@@ -75,6 +73,8 @@ def described(measured: dict, known: Hardware) -> Hardware:
     )
     off = [abs(error.relative) for error in errors(rows, gpu)]
     say(f"{len(rows)} parts and steps explained: median error {100 * median(off):.0f} %, worst {100 * max(off):.0f} %")
+    if not on_cuda:
+        say("the model of a step is one of GPUs: what it says of a CPU shows that measuring works, and little else.")
     return gpu
 
 

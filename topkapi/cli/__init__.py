@@ -80,8 +80,6 @@ def _run(arguments: list[str]) -> int:
         print(topkapi.__version__)
         return 0
     name, *rest = arguments
-    from torch import OutOfMemoryError
-
     from topkapi.train import Interrupted
 
     try:
@@ -95,9 +93,11 @@ def _run(arguments: list[str]) -> int:
     except TopkapiError as error:
         say(f"topkapi: {_where(error)}{error}")
         return 2
-    except OutOfMemoryError as error:
-        advice = "Lower --batch-tokens, or see docs/performance.md for what takes less."
-        say(f"topkapi: {_where(error)}out of GPU memory. {advice}")
+    except (MemoryError, RuntimeError) as error:
+        if not (memory := _exhausted(error)):
+            raise
+        advice = "Lower --model.n-latents or --batch-tokens, or see docs/performance.md for what takes less."
+        say(f"topkapi: {_where(error)}out of {memory}. {advice}")
         return 2
     except BrokenPipeError:  # whoever read our output has seen enough
         sys.stderr.close()
@@ -117,6 +117,15 @@ def _run(arguments: list[str]) -> int:
 def _where(error: BaseException) -> str:
     """The process that failed, where several were launched and it is one's own fault."""
     return "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
+
+
+def _exhausted(error: MemoryError | RuntimeError) -> str:
+    """Which memory did not suffice; "" where something else is wrong."""
+    from torch import OutOfMemoryError
+
+    if isinstance(error, OutOfMemoryError):
+        return "GPU memory"
+    return "memory" if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error) else ""
 
 
 def _explain(error: OSError) -> str:

@@ -1,6 +1,7 @@
 """topkapi bench and plan: what a machine can do, and many."""
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -148,9 +149,9 @@ def bench_command(arguments: Sequence[str]) -> None:
     device = ("cuda" if on_cuda else "cpu") if command.device == "auto" else command.device
     if device == "cuda" and not on_cuda:
         raise TopkapiError("--device cuda: no CUDA device here. Leave --device auto, or install a CUDA build of torch.")
-    if command.rounds < 1 or not command.seconds > 0:
+    if command.rounds < 1 or not 0 < command.seconds < math.inf:
         raise TopkapiError(
-            f"--rounds must be at least 1 and --seconds more than 0; got {command.rounds} and {command.seconds:g}."
+            f"--rounds must be at least 1 and --seconds finite, above 0; got {command.rounds} and {command.seconds:g}."
         )
     require_writable("--out", command.out, is_folder=True)
     bench(

@@ -176,7 +176,7 @@ class FiguresOptions:
     """Draw figures of runs and sweeps for a paper, each as PNG and SVG, its data as CSV and its numbers as JSON. What
     the folders do not allow is left out, with a line that says what would supply it."""
 
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    folders: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Run folders of topkapi train and --out folders of topkapi sweep; a sweep may be unfinished."""
 
     out: Path = Path("runs/figures")
@@ -304,9 +304,11 @@ def export_command(arguments: Sequence[str]) -> None:
 def figures_command(arguments: Sequence[str]) -> None:
     """topkapi figures RUN_OR_SWEEP ... [--out FOLDER] [--report out.html]: pictures for a paper, with their data."""
     command = parse(FiguresOptions, "topkapi figures", arguments or ["--help"])
+    if "" in command.folders:  # which Path takes for the current one
+        raise TopkapiError("a folder is empty: give run folders and --out folders of sweeps, or . for the current one.")
     require_matplotlib()
     require_writable("--out", command.out, is_folder=True)
     require_writable("--report", command.report)
     from topkapi.figures import draw
 
-    draw(command.folders, command.out, Path(command.report) if command.report else None)
+    draw([Path(folder) for folder in command.folders], command.out, Path(command.report) if command.report else None)

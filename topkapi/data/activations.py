@@ -30,7 +30,7 @@ from topkapi.data.language_model import LanguageModel
 from topkapi.data.tokens import TokenFile
 from topkapi.data.transfer import to_device, to_host
 from topkapi.errors import TopkapiError
-from topkapi.files import read_json, sha256, write_atomic, write_json
+from topkapi.files import read_json, require_shape, sha256, write_atomic, write_json
 from topkapi.parallel import ALONE, Mesh
 
 FORMAT = 1  # of the cache; raised when blocks of an older one would differ
@@ -265,8 +265,7 @@ class CachedBlocks:
         Raises:
             TopkapiError: missing, half built, or made for something else (names the first field that differs).
         """
-        manifest = read_json(folder / "manifest.json", "Activation cache", f"Delete {folder} and run again.")
-        _require_same(folder, manifest, expected)
+        manifest = _manifest(folder, expected)
         ready = sum(entry is not None for entry in manifest["blocks"])
         if ready < len(manifest["blocks"]):
             raise TopkapiError(
@@ -334,9 +333,24 @@ def _entries(live: LiveBlocks, folder: Path) -> list[dict[str, Any] | None]:
     """What the manifest of a cache that is being built says of each block; None for one that is not there yet."""
     if not (folder / "manifest.json").exists():
         return [None] * len(live)
-    manifest = read_json(folder / "manifest.json", "Activation cache", f"Delete {folder} and run again.")
-    _require_same(folder, manifest, live.identity)
-    return manifest["blocks"]
+    entries = _manifest(folder, live.identity)["blocks"]
+    if len(entries) != len(live):
+        raise TopkapiError(f"Activation cache {folder} has another number of blocks. Delete {folder} and run again.")
+    return entries
+
+
+def _manifest(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
+    """manifest.json of a cache that is made for `expected`. Raises TopkapiError as `CachedBlocks.open`."""
+    path, what, remedy = folder / "manifest.json", "Activation cache", f"Delete {folder} and run again."
+    found = read_json(path, what, remedy)
+    require_shape(found, {"name": str, "identity": dict, "blocks": list}, path, what, remedy)
+    _require_same(folder, found, expected)
+    counts = dict.fromkeys(asdict(HarvestCounts()), int)
+    entry_shape = {"rows": int, "sha256": str, "counts": counts}
+    for i, entry in enumerate(found["blocks"]):
+        if entry is not None:
+            require_shape({f"block {i}": entry}, {f"block {i}": entry_shape}, path, what, remedy)
+    return found
 
 
 def _is_sound(folder: Path, i: int, entry: dict[str, Any] | None) -> bool:

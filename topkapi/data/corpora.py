@@ -58,6 +58,17 @@ def version(corpus: str) -> list[list[str | int]]:
     return [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
 
 
+def texts(corpus: str) -> list[tuple[str, ...]]:
+    """What the corpus is made of: its files, of JSONL with the field, or its name where it has none of its own."""
+    scheme, _, rest = corpus.partition(":")
+    if scheme == "text":
+        return [(str(path.resolve()),) for path in _matches(rest)]
+    if scheme == "jsonl":
+        path, field = _jsonl_path_and_field(rest)
+        return [(str(path.resolve()), field)]
+    return [(corpus,)]
+
+
 def _package_folder(corpus: str) -> Path:
     distribution = _DISTRIBUTIONS[corpus]
     spec = importlib.util.find_spec(distribution.replace("-", "_"))  # finds, does not import

@@ -17,7 +17,7 @@ from topkapi.config import cache_folder
 from topkapi.console import say
 from topkapi.data.folders import new_folder
 from topkapi.errors import TopkapiError
-from topkapi.files import read_json, sha256, write_json
+from topkapi.files import read_json, require_shape, sha256, write_json
 
 CHECKSUMS = "checksums.json"
 FORMAT = 2  # raised when the conversion changes, so that older folders are not used
@@ -67,10 +67,13 @@ def converted(gguf: Path, name: str) -> Path:
 def _require_sound(folder: Path) -> None:
     """Raise TopkapiError if a file of a converted model is missing or has changed: its activations would be wrong."""
     remedy = f"Delete {folder} and run again."
-    for name, checksum in read_json(folder / CHECKSUMS, "Converted language model", remedy).items():
+    path, what = folder / CHECKSUMS, "Converted language model"
+    checksums = read_json(path, what, remedy)
+    require_shape(checksums, {"*": str, "config.json": str}, path, what, remedy)
+    for name, checksum in checksums.items():
         path = folder / name
         if not path.is_file() or sha256(path) != checksum:
-            raise TopkapiError(f"Converted language model: {path} is missing or damaged. {remedy}")
+            raise TopkapiError(f"{what}: {path} is missing or damaged. {remedy}")
 
 
 def _read(gguf: Path) -> tuple[Any, Any]:

@@ -25,11 +25,11 @@ from torch import Tensor
 
 from topkapi.config import DataConfig, cache_folder
 from topkapi.console import progress
-from topkapi.data.corpora import documents, version
+from topkapi.data.corpora import documents, texts, version
 from topkapi.data.folders import new_folder
 from topkapi.data.language_model import quiet
 from topkapi.errors import TopkapiError
-from topkapi.files import read_json, sha256, sha256_json, write_json
+from topkapi.files import read_json, require_shape, sha256, sha256_json, write_json
 
 FORMAT = 1  # raised when the layout or the rules above change, so that older caches are not mistaken
 CHARACTERS_AT_ONCE = 250_000  # given to the tokenizer in one call: it encodes documents in parallel
@@ -55,7 +55,9 @@ class TokenFile:
         Raises:
             TopkapiError: missing, or changed since it was written.
         """
-        facts = read_json(folder / "tokens.json", "Token file", f"Delete {folder.parent} and run again.")
+        path, what, remedy = folder / "tokens.json", "Token file", f"Delete {folder.parent} and run again."
+        facts = read_json(path, what, remedy)
+        require_shape(facts, {"dtype": str, "tokens": str, "offsets": str}, path, what, remedy)
         for name in ("tokens", "offsets"):
             path = folder / f"{name}.bin"
             if not path.is_file() or sha256(path) != facts[name]:
@@ -103,8 +105,9 @@ def tokenize(config: DataConfig, tokenizer: Any, tokenizer_name: str) -> Splits:
     max_tokens, held_out and the tokenizer's whole vocabulary.
 
     Raises:
-        TopkapiError: a corpus cannot be read, or a split holds fewer tokens than one context.
+        TopkapiError: a corpus cannot be read, two are of the same text, or a split holds fewer tokens than one context.
     """
+    _require_apart(config.corpora)
     key = {
         "format": FORMAT,
         "corpora": [[corpus, version(corpus)] for corpus in config.corpora],
@@ -129,6 +132,18 @@ def separator_id(tokenizer: Any) -> int | None:
     pre-training separated documents by <|endoftext|> (SmolLM2: 2 against 0). None where there is neither.
     """
     return tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
+
+
+def _require_apart(corpora: tuple[str, ...]) -> None:
+    """Raise TopkapiError where two corpora are of the same text: documents would be held out and trained on too."""
+    found: dict[tuple[str, ...], str] = {}
+    for corpus in corpora:
+        for text in texts(corpus):
+            if (other := found.setdefault(text, corpus)) != corpus or corpora.count(corpus) > 1:
+                raise TopkapiError(
+                    f"Corpora {other!r} and {corpus!r} both have {text[0]}, so that documents would be held out and "
+                    "trained on too. Give each text once."
+                )
 
 
 def _require_a_context(name: str, n_tokens: int, config: DataConfig) -> None:

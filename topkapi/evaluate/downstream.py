@@ -117,8 +117,8 @@ def replaced_at(keep: Bool[Tensor, "b context"], substitute: Substitute) -> Subs
 def kl_divergence(log_p: Float[Tensor, "n vocabulary"], log_q: Float[Tensor, "n vocabulary"]) -> Float64[Tensor, " n"]:
     """KL(p || q) of each row, in nats: sum p (log p - log q), which rounding can make a little less than 0."""
     p = log_p.exp()
-    # words masked with -inf logits have p = 0 and would give 0 x nan
-    return torch.where(p > 0, p * (log_p - log_q), 0).sum(-1, dtype=torch.float64)
+    # words masked with -inf logits have p = 0 and would give 0 x nan; where p itself is nan the sum shall be
+    return torch.where(p == 0, 0, p * (log_p - log_q)).sum(-1, dtype=torch.float64)
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """Changes of latents: what a latent's value becomes, and at which tokens."""
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from topkapi.errors import TopkapiError
 Kind = Literal["clamp", "bound", "scale", "add", "ablate"]
 Where = Literal["all", "active"] | tuple[int, ...]
 
+LARGEST_VALUE = 1e6  # values of latents are below 1 or so; times a norm of activations this is far from overflow
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
 SHAPES = {  # of what follows the latent, for each kind: words for it, and a pattern
     "clamp": ("=VALUE", rf"=({NUMBER}x?)"),
@@ -51,10 +51,12 @@ class Edit:
     def __post_init__(self) -> None:
         if self.latent < 0:
             raise TopkapiError(f"latent {self.latent}: latents count from 0.")
-        if not all(math.isfinite(number) for number in (self.value, self.high or 0.0)):
-            raise TopkapiError(
-                f"latent {self.latent}: {self.kind} needs a finite value; got {self.value}, {self.high}."
-            )
+        for number in (self.value, self.high or 0.0):
+            if not abs(number) <= LARGEST_VALUE:  # NaN too
+                raise TopkapiError(
+                    f"latent {self.latent}: {self.kind} takes values from {-LARGEST_VALUE:g} to {LARGEST_VALUE:g}; got "
+                    f"{number:g}. Give a few times the latent's maximum at most."
+                )
         if (self.kind == "bound") != (self.high is not None):
             raise TopkapiError(
                 f"latent {self.latent}: `high` goes with bound, which needs it; got {self.kind} and high={self.high}."

@@ -15,8 +15,9 @@ def encode(lm: LanguageModel, text: str, n_new: int = 0) -> Int[Tensor, "1 c"]:
     """The tokens of a prompt, with what the tokenizer puts before a text; `n_new` more are to fit behind them.
 
     Raises:
-        TopkapiError: no token, or too many for the language model.
+        TopkapiError: no token, too many for the language model, or no text.
     """
+    _require_text(text)
     with quiet():  # or it warns of texts longer than the model's context
         ids = list(lm.tokenizer(text)["input_ids"])
     if not text or not ids:
@@ -33,8 +34,9 @@ def single_token(lm: LanguageModel, text: str) -> int:
     """The one token that a text is.
 
     Raises:
-        TopkapiError: it is none, or several, which the message names.
+        TopkapiError: it is none, or several, which the message names; or no text.
     """
+    _require_text(text)
     ids = inside(lambda some: _ids(lm, some), text)
     if len(ids) != 1:
         pieces = ", ".join(repr(piece) for piece in texts(lm, ids))
@@ -43,6 +45,14 @@ def single_token(lm: LanguageModel, text: str) -> int:
             "Most words inside of a text begin with their space, as in ' he'."
         )
     return ids[0]
+
+
+def _require_text(text: str) -> None:
+    """Raise TopkapiError for halves of surrogate pairs, as which Python reads bytes of a shell that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise TopkapiError(f"{text[:60]!r} is no text: it has bytes that are not UTF-8. Write them in UTF-8.") from None
 
 
 def inside(ids_of: Callable[[str], list[int]], text: str) -> list[int]:

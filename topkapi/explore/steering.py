@@ -89,7 +89,8 @@ def sample(
     hears of tokens as they are written.
 
     Raises:
-        TopkapiError: no such latent, a number out of range, or more tokens than the language model can see.
+        TopkapiError: no such latent, a number out of range, more tokens than the language model can see, or edits so
+            large that its logits are no numbers.
     """
     _check_sampling(spliced, prompt, n_samples, n_tokens, temperature, seed)
     spliced.check(edits)
@@ -176,7 +177,12 @@ def _kl(
         for row, other in zip(changed, clean, strict=True):  # one context at a time: log-softmaxes in float64
             kl = kl_divergence(row.double().log_softmax(-1), other.double().log_softmax(-1))
             found.append(kl.clamp_min(0))
-    return torch.stack(found).cpu().numpy()
+    together = torch.stack(found)
+    if together.isnan().any():
+        raise TopkapiError(
+            f"with {', '.join(map(str, edits))} the language model's logits are no numbers: give smaller values."
+        )
+    return together.cpu().numpy()
 
 
 def experiment(

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from jaxtyping import Float64, Int64
 
+from topkapi.config import TrainConfig, from_dict, to_dict
 from topkapi.errors import TopkapiError
 from topkapi.published import CONFIG, WEIGHTS, read_config
 from topkapi.results import read_counts, read_evaluation, read_metrics
@@ -215,9 +216,13 @@ def _read_run(folder: Path, point: Point | None) -> Run:
         raise TopkapiError(f"{folder} holds an autoencoder, but not the settings of its training: it is no run folder.")
     metrics = asdict(point) if point else read_evaluation(folder) or {}
     metrics = {name: value for name, value in metrics.items() if not isinstance(value, dict)}
+    try:
+        settings = _flat(to_dict(from_dict(TrainConfig, config["training"])))
+    except TopkapiError as error:
+        raise TopkapiError(f"{folder / CONFIG}: {error}") from None
     sizes = config.get("autoencoder", config)
     facts = {"d_model": sizes.get("d_model")} | {name: config.get(name) for name in ("topkapi_version", "commit")}
-    return Run(folder.resolve().name, folder, _flat(config["training"]), metrics, point is not None, facts)
+    return Run(folder.resolve().name, folder, settings, metrics, point is not None, facts)
 
 
 def _settings_of(point: Point) -> dict[str, Any]:

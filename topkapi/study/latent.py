@@ -6,10 +6,12 @@ and examples are of a uniform sample of its firings, and `is_sample` says so.
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64, UInt32
+
+from topkapi.study.layout import damaged, path_of
 
 if TYPE_CHECKING:
     from topkapi.study.reader import Study
@@ -67,6 +69,19 @@ class Latent:
         """Its value at each of them, above 0."""
         self.chosen: Int64[np.ndarray, " chosen"] = np.arange(len(self.rows))
         """Numbers, ascending, of the firings that examples are taken from: all of them, see `between`."""
+        self._require_counted()
+
+    def _require_counted(self) -> None:
+        """Raise TopkapiError where its entries are not those that its count and maximum are of: what is mapped is not
+        read when a study is opened."""
+        largest, maximum = self.values.max(initial=0.0), self.study.arrays["maxima"][self.i]
+        same = len(self.values) == self.n_fired and largest == maximum
+        if not (same or (self.study.reservoir and self.is_sample and largest <= maximum)):
+            self._damaged("latent_values", "latent_offsets")
+
+    def _damaged(self, name: str, other: str) -> NoReturn:
+        state = f"damaged, or {other}.bin is: what is there of latent {self.i} is not what was counted"
+        raise damaged(path_of(self.study.folder, name), state)
 
     def between(self, low: float, high: float) -> "Latent":
         """The same latent, with examples taken from firings of low <= value < high alone."""
@@ -169,7 +184,7 @@ class Latent:
         """The n latents that fire most often on the tokens on which it does, falling; ties by number.
 
         Raises:
-            TopkapiError: the study keeps a reservoir.
+            TopkapiError: the study keeps a reservoir, or is damaged: on those tokens it is not active itself.
         """
         study = self.study
         study.require_complete("co-activation")
@@ -181,7 +196,12 @@ class Latent:
             length = offsets[rows + 1] - begin
             ends = np.cumsum(length)
             entries = np.arange(ends[-1]) + np.repeat(begin - ends + length, length)
-            both += np.bincount(indices[entries], minlength=study.n_latents)
+            found = indices[entries]
+            if found.max() >= study.n_latents:  # counting would take memory for as many
+                self._damaged("indices", "latent_rows")
+            both += np.bincount(found, minlength=study.n_latents)
+        if both[self.i] != len(self.rows):
+            self._damaged("indices", "latent_rows")
         both[self.i] = 0
         order = np.argsort(-both, kind="stable")[:n]
         counts = [(int(j), int(both[j])) for j in order if both[j]]

@@ -3,6 +3,7 @@
 docs/study-format.md says what each array holds.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -10,11 +11,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from topkapi.errors import TopkapiError
-from topkapi.files import read_json, require_shape, sha256
+from topkapi.files import read_file, read_json, require_shape, sha256
 
 FORMAT = 1  # raised when files change their meaning
 STUDY, PROGRESS = "study.json", "progress.json"
+READ_BYTES = 2**24  # files up to here are read when a study is opened: those of 2 million latents
 WHAT = "Study"
+CHANGED = "damaged: its SHA-256 is not the one recorded"
 BY_TOKEN = ("row_offsets", "indices", "values")  # what a reservoir leaves out
 CANDIDATES = ("candidate_offsets", "candidate_rows", "candidate_values")  # what a reservoir is drawn from
 DTYPES = {
@@ -92,7 +95,15 @@ def verify(folder: Path, header: dict[str, Any]) -> None:
     """Read every file once. Raises TopkapiError for the first one that changed since it was written."""
     for name, facts in header["files"].items():
         if sha256(path := path_of(folder, name)) != facts["sha256"]:
-            raise damaged(path, "damaged: its SHA-256 is not the one recorded")
+            raise damaged(path, CHANGED)
+
+
+def verified(folder: Path, name: str, facts: Mapping[str, Any]) -> np.ndarray:
+    """An array, read into memory. Raises TopkapiError if it changed since it was written."""
+    data = read_file(path := path_of(folder, name))
+    if hashlib.sha256(data).hexdigest() != facts["sha256"]:
+        raise damaged(path, CHANGED)
+    return np.frombuffer(data, facts["dtype"])
 
 
 def mapped(folder: Path, name: str, dtype: str) -> np.ndarray:
@@ -104,23 +115,29 @@ def mapped(folder: Path, name: str, dtype: str) -> np.ndarray:
 
 
 class Arrays(Mapping[str, np.ndarray]):
-    """The arrays of a finished study, memory-mapped.
+    """The arrays of a finished study: those of up to READ_BYTES in memory, with their checksum seen, others mapped.
 
-    The system ends a process that reads a mapped file where it was cut off since (SIGBUS). So the file is looked at
-    whenever its array is taken, which costs microseconds: take an array when it is read, and keep it no longer.
+    What is in memory stays as it was opened, whatever becomes of its file. The system ends a process that reads a
+    mapped file where it was cut off since (SIGBUS). So the file is looked at whenever its array is taken, which costs
+    microseconds: take an array when it is read, and keep it no longer.
 
     Raises:
-        TopkapiError: when an array is taken whose file is not the one that was opened, or was written since.
+        TopkapiError: a file that is read is damaged; when an array is taken whose mapped file is not the one that was
+            opened, or was written since.
     """
 
     def __init__(self, folder: Path, files: Mapping[str, dict[str, Any]]) -> None:
-        self._paths = {name: path_of(folder, name) for name in files}
+        large = {name: facts for name, facts in files.items() if bytes_of(facts) > READ_BYTES}
+        self._paths = {name: path_of(folder, name) for name in large}
         self._opened = {name: _state(path) for name, path in self._paths.items()}  # before they are mapped
-        self._mapped = {name: mapped(folder, name, facts["dtype"]) for name, facts in files.items()}
+        self._arrays = {
+            name: mapped(folder, name, facts["dtype"]) if name in large else verified(folder, name, facts)
+            for name, facts in files.items()
+        }
 
     def __getitem__(self, name: str) -> np.ndarray:
-        array, path = self._mapped[name], self._paths[name]
-        if (now := _state(path)) != (then := self._opened[name]):
+        array = self._arrays[name]
+        if (path := self._paths.get(name)) and (now := _state(path)) != (then := self._opened[name]):
             found = "was removed" if now is None else f"has changed (it had {then[0]:,} bytes, and has {now[0]:,})"
             raise TopkapiError(
                 f"{WHAT}: {path} {found} since it was opened. Open the study again; for the viewer, start topkapi view "
@@ -129,10 +146,10 @@ class Arrays(Mapping[str, np.ndarray]):
         return array
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._mapped)
+        return iter(self._arrays)
 
     def __len__(self) -> int:
-        return len(self._mapped)
+        return len(self._arrays)
 
 
 def _state(path: Path) -> tuple[int, int, int] | None:

@@ -39,7 +39,7 @@ class Place(NamedTuple):
 
 
 class Study:
-    """A finished study. Arrays are memory-mapped: opening one is quick, and what is not asked for is not read."""
+    """A finished study. Large arrays are memory-mapped: opening is quick, and what is not asked for is not read."""
 
     def __init__(self, folder: Path, run: Path | None = None) -> None:
         self.folder = folder
@@ -84,7 +84,7 @@ class Study:
         return found
 
     def latent(self, i: int) -> Latent:
-        """What the study says of latent i. Raises TopkapiError where there is none."""
+        """What the study says of latent i. Raises TopkapiError where there is none, or its entries are damaged."""
         if not 0 <= i < self.n_latents:
             raise TopkapiError(f"no latent {i}: {self.folder} has latents 0 to {self.n_latents - 1}.")
         return Latent(self, i)
@@ -164,8 +164,9 @@ class Study:
 def open_study(folder: Path | str, run: Path | str | None = None) -> Study:
     """The finished study in a folder; `run` is where its autoencoder is now, if the two were moved apart.
 
-    Files are seen to be there and of their right length; `Study.verify` reads them. A file that changes afterwards is
-    noticed when its array is next taken, a TopkapiError too.
+    Files are seen to be there and of their right length, and those of up to `READ_BYTES` are read and verified;
+    `Study.verify` reads the others too. A larger file that changes afterwards is noticed when its array is next taken,
+    a TopkapiError too.
 
     Raises:
         TopkapiError: no finished study, damaged, or of another format.

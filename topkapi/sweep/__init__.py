@@ -9,8 +9,9 @@ Called by `topkapi sweep`; docs/sweep.md says what lands where.
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
+from topkapi.config import is_of
 from topkapi.errors import TopkapiError
 from topkapi.files import read_file, read_json, require_shape
 from topkapi.results import parsed
@@ -70,21 +71,13 @@ def read(folder: Path | str) -> list[Point]:
     for number, line in enumerate(lines, 1):
         values = parsed(line)
         is_point = isinstance(values, dict) and values.keys() == wanted.keys()
-        if not is_point or not all(_is(value, wanted[name]) for name, value in values.items()):
+        if not is_point or not all(is_of(value, wanted[name]) for name, value in values.items()):
             raise TopkapiError(
                 f"{path}, line {number}: damaged, or of another version. Delete the line and run topkapi sweep again: "
                 "it evaluates that point anew."
             )
         found.append(Point(**values))
     return ordered(found)
-
-
-def _is(value: Any, wanted: Any) -> bool:
-    """Whether a JSON value is of a field's type; a whole number is a float too, and true is no number."""
-    kinds = get_args(wanted) or (wanted,)
-    if get_origin(wanted) is Literal:
-        return value in kinds
-    return type(value) in kinds or (type(value) is int and float in kinds)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

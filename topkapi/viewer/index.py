@@ -15,12 +15,13 @@ from threading import Event
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Float64, Int64
 
 from topkapi.console import say
 from topkapi.files import read_file, sha256_json, write_atomic
 from topkapi.study import Study
 from topkapi.study.invert import ranges
+from topkapi.study.layout import damaged, path_of
 from topkapi.viewer.answers import to_json
 from topkapi.viewer.binary import pack, unpack
 from topkapi.viewer.modes import MOST_FIRINGS, find_modes
@@ -90,7 +91,8 @@ class Index:
             first = offsets[start : end + 1] - offsets[start]
             fired = np.flatnonzero(np.diff(first))  # `reduceat` knows no empty parts
             if len(fired):
-                self.arrays["kurtosis"][start + fired] = _kurtosis(values, first[:-1][fired])
+                squares, self.arrays["kurtosis"][start + fired] = _moments(values, first[:-1][fired])
+                self._require_counted(start + fired, squares)
                 strongest[start + fired] = offsets[start] + _strongest(values, first[:-1][fired])
         known = np.flatnonzero(strongest >= 0)
         places = arrays["positions"][arrays["latent_rows"][strongest[known]]]
@@ -98,6 +100,14 @@ class Index:
         self.tokens = [texts().alone(token) for token in ids.tolist()]
         self.arrays["top_token"][known] = which
         return True
+
+    def _require_counted(self, some: Int64[np.ndarray, " m"], squares: Float64[np.ndarray, " m"]) -> None:
+        """Raise TopkapiError where the values of some latents have other sums of squares than the study counted: what
+        was made of damaged ones would be kept."""
+        known = self.study.arrays["sum_squares"][some]
+        if not self.study.reservoir and not np.allclose(squares, known, rtol=1e-6, atol=0):
+            state = "damaged, or latent_offsets.bin is: sums of squares are not those that were counted"
+            raise damaged(path_of(self.study.folder, "latent_values"), state)
 
     def _count_modes(self, stop: Event) -> bool:
         offsets = self._offsets()
@@ -149,11 +159,14 @@ class Index:
             say(f"warning: the index of latents cannot be kept in {self.path.parent}: {error.strerror}.")
 
 
-def _kurtosis(values: Float32[np.ndarray, " n"], first: Int64[np.ndarray, " parts"]) -> np.ndarray:
-    """E[a^4] / E[a^2]^2 of each part, which begins at `first`."""
+def _moments(
+    values: Float32[np.ndarray, " n"], first: Int64[np.ndarray, " parts"]
+) -> tuple[Float64[np.ndarray, " parts"], Float64[np.ndarray, " parts"]]:
+    """The sum of squares and E[a^4] / E[a^2]^2 of each part, which begins at `first`."""
     squares = values.astype(np.float64) ** 2
     counts = np.diff(first, append=len(values))
-    return np.add.reduceat(squares**2, first) * counts / np.add.reduceat(squares, first) ** 2
+    sums = np.add.reduceat(squares, first)
+    return sums, np.add.reduceat(squares**2, first) * counts / sums**2
 
 
 def _strongest(values: Float32[np.ndarray, " n"], first: Int64[np.ndarray, " parts"]) -> Int64[np.ndarray, " parts"]:

@@ -12,6 +12,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from topkapi.explore import Edit
+from topkapi.explore.edits import LARGEST_VALUE
 from topkapi.viewer import asking
 from topkapi.viewer.answers import Answer, slow, to_json
 from topkapi.viewer.asking import Object, Refused
@@ -24,7 +25,6 @@ PROMPT_TOKENS, SAMPLES, NEW_TOKENS, EDITS = 512, 32, 128, 16
 LIMITS = {"prompt_tokens": PROMPT_TOKENS, "samples": SAMPLES, "new_tokens": NEW_TOKENS, "edits": EDITS}
 CHOICES, ROWS, VERIFIED, STEPS = 16, 200, 50, 64  # of an attribution
 PATTERN_CHARACTERS = 200
-LARGEST_VALUE = 1e6
 TEMPERATURES = (0.01, 10.0)
 
 

@@ -28,9 +28,10 @@ SPLIT = 128  # pairs in a block; 8 latents on a third of 65 536 tokens are then 
 MOST_BLOCKS = 32_768  # blocks are made longer rather than more numerous: their sums take blocks x d_model x 4 bytes
 PAIRS = 4  # bf16 rows gathered at a time, half as many of float32; prefetching more through shared memory gains nothing
 COLUMNS = 256  # 8 a lane for one warp, 16 bytes of bf16
-BIASES = {"latents": 8, "positions": 32, "columns": 1024, "programs": 1584, "warps": 2}
-LONG = 512  # pairs of a latent from which on a whole program sums them
-WIDE = 2  # times the pairs of a turn that it then takes at a time; 4 would cost registers, and programs at a time
+BIASES = {"positions": 32, "columns": 1024, "warps": 2}
+WITH_ROWS = {"latents": 4, "programs": 1056, "wide": 1024}  # latents at a time; 8 programs a multiprocessor of an H200
+SUMS_ALONE = {"latents": 8, "programs": 1584, "wide": 512}
+LONG = 512  # pairs of a latent from which on a whole program sums them, "wide" at a time: more would cost registers
 
 
 @torch.no_grad()
@@ -143,15 +144,16 @@ def _bias_gradients(
     dtype, d_model = sum_dtype(values), 0 if weight is None else weight.shape[1]
     sums = torch.empty(n_latents, dtype=dtype, device=values.device)
     block = max(min(triton.next_power_of_2(d_model), BIASES["columns"]), 16)
-    programs = min(triton.cdiv(n_latents, BIASES["latents"]), BIASES["programs"])
+    turn = SUMS_ALONE if weight is None else WITH_ROWS
+    programs = min(triton.cdiv(n_latents, turn["latents"]), turn["programs"])
     parts = torch.empty(programs, d_model, dtype=dtype, device=values.device)
     if values.numel() == 0:  # kernels take no pointers to nothing
         sums.zero_(), parts.zero_()
     elif n_latents:
         _bias_sums[(programs, max(triton.cdiv(d_model, block), 1))](
             values.contiguous(), order.pairs, order.offsets, weight, sums, parts, n_latents,
-            D=d_model, LATENTS=BIASES["latents"], R=BIASES["positions"], LONG=LONG,
-            WIDE=WIDE * BIASES["latents"] * BIASES["positions"], BLOCK=block, num_warps=BIASES["warps"],
+            D=d_model, LATENTS=turn["latents"], R=BIASES["positions"], LONG=LONG,
+            WIDE=turn["wide"], BLOCK=block, num_warps=BIASES["warps"],
         )  # fmt: skip
     if weight is None:
         return sums, None

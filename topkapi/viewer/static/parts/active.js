@@ -13,7 +13,7 @@ const MOST = 400;
 export function activeList({ tokens, token, index, onPoint, steer }) {
   const rows =
     token === null ? ofPrompt(tokens, index) : tokens[token].active.map(([latent, value]) => ({ latent, value }));
-  if (!rows.length) return stateNote("quiet", "No latent is active here.", "");
+  if (!rows.length) return noneActive(tokens);
   const list = h("div", { class: "latent-rows", role: "list", on: { pointerleave: () => onPoint(null) } });
   const draw = (n) => {
     const shown = rows.slice(0, n).map((row) => activeRow(row, { tokens, token, index, onPoint, steer }));
@@ -29,6 +29,12 @@ export function activeList({ tokens, token, index, onPoint, steer }) {
   };
   draw(FIRST);
   return list;
+}
+
+/** What is said where nothing is active: why, where training would use none of the tokens. */
+export function noneActive(tokens) {
+  const why = "Training leaves out the first position and special tokens, and the text has nothing else: write more.";
+  return stateNote("quiet", "No latent is active here.", tokens.some(({ kept }) => kept) ? "" : why);
 }
 
 function ofPrompt(tokens, index) {

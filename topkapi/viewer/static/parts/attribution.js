@@ -4,7 +4,7 @@ import { card, fill, h } from "./dom.js";
 import { Failure } from "../data.js";
 import { interval, number, signed } from "./format.js";
 import { link } from "../router.js";
-import { nameOf } from "./active.js";
+import { nameOf, noneActive } from "./active.js";
 import { cellStrip } from "./cells.js";
 import { tokenLabel, tokenText } from "./tokens.js";
 import { Work } from "./work.js";
@@ -142,6 +142,7 @@ function tokenField(title, placeholder, chosen, backend, onChange) {
 }
 
 function resultView({ metric, rows, rank_correlation: correlation }, tokens, index, steer) {
+  if (!rows.length) return noneActive(tokens);
   const most = Math.max(1e-9, ...rows.flatMap((row) => [Math.abs(row.attribution), Math.abs(row.measured ?? 0)]));
   const mostAt = Math.max(1e-9, ...rows.flatMap((row) => row.by_position.map(Math.abs)));
   const agreement = correlation
