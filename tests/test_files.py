@@ -12,7 +12,7 @@ from threading import Timer
 import pytest
 import torch
 
-from topkapi import files
+from topkapi import files, tensor_files
 from topkapi.errors import TopkapiError
 
 VALUE = {"b": [1, 2.5, None], "a": {"x": "é"}}
@@ -125,23 +125,23 @@ def test_what_a_sound_file_lacks_is_named(tmp_path):
 def test_tensors_come_back_and_others_are_refused(tmp_path):
     path = tmp_path / "t.safetensors"
     tensors = {"x": torch.randn(3, 2), "n": torch.arange(4), "h": torch.ones(2, dtype=torch.bfloat16)}
-    files.save_tensors(tensors, path)
+    tensor_files.save_tensors(tensors, path)
     checksum = files.sha256(path)
-    found = files.load_tensors(path, checksum, "Thing")
+    found = tensor_files.load_tensors(path, checksum, "Thing")
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
     with pytest.raises(TopkapiError, match=r"Thing: .* is damaged or another file"):
-        files.load_tensors(path, "0" * 64, "Thing")
+        tensor_files.load_tensors(path, "0" * 64, "Thing")
     with pytest.raises(TopkapiError, match=r"Thing: no file .*. Mend it."):
-        files.load_tensors(tmp_path / "none", checksum, "Thing", "Mend it.")
+        tensor_files.load_tensors(tmp_path / "none", checksum, "Thing", "Mend it.")
     (tmp_path / "text").write_text("no tensors")
     with pytest.raises(TopkapiError, match="is not a safetensors file"):
-        files.load_tensors(tmp_path / "text", files.sha256(tmp_path / "text"), "Thing")
+        tensor_files.load_tensors(tmp_path / "text", files.sha256(tmp_path / "text"), "Thing")
 
 
 def test_tensors_that_cannot_be_written_are_an_os_error(tmp_path):
     with pytest.raises(OSError, match="none"):
-        files.save_tensors({"x": torch.ones(2)}, tmp_path / "none" / "t.safetensors")
+        tensor_files.save_tensors({"x": torch.ones(2)}, tmp_path / "none" / "t.safetensors")
 
 
 def test_leftovers_are_removed_and_nothing_else(tmp_path):

@@ -1,12 +1,15 @@
 """Importing topkapi has no effect but names: it prints nothing, and pulls in no package of the extras.
 
-Seen to catch: `import transformers` at the top of topkapi/data/language_model.py, and a print in topkapi/__init__.py.
+Seen to catch: `import transformers` at the top of topkapi/data/language_model.py, a print in topkapi/__init__.py, and
+`import torch` at the top of topkapi/cli/reading.py.
 """
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 PACKAGE = REPOSITORY / "topkapi"
@@ -50,6 +53,36 @@ added = {name.split(".")[0] for name in set(sys.modules) - before}
 print(sorted(added & {"triton", "transformers", "datasets", "tyro"}))
 """
     assert run(source) == "[]\n"
+
+
+@pytest.mark.parametrize(
+    "words", ["--help", "--version", "train demo --help", "study --help", "trian", "train demo --x 1"]
+)
+def test_help_and_mistakes_are_shown_before_torch_is_there(words):
+    source = f"""
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from topkapi.cli import main
+with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+    try:
+        main({words.split()!r})
+    except SystemExit:
+        pass
+print("torch" in sys.modules)
+"""
+    assert run(source) == "False\n"
+
+
+def test_the_autoencoder_is_topkapis_own_name():
+    source = """
+import topkapi
+from topkapi.model import Autoencoder
+assert topkapi.Autoencoder is Autoencoder
+assert "Autoencoder" in dir(topkapi)
+assert not hasattr(topkapi, "Autoencoders")
+"""
+    assert run(source) == ""
 
 
 def test_every_module_imports_with_the_core_dependencies_alone():

@@ -13,8 +13,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # A room is a file or folder directly in topkapi/. It imports rooms of lower layers, and files of its own folder.
 ROOMS_OF_LAYER = {
-    0: ["config", "errors", "ops", "files", "console", "parallel", "geometric_median", "plotting", "published",
-        "results"],
+    0: ["config", "errors", "ops", "files", "tensor_files", "launch", "console", "parallel", "geometric_median",
+        "plotting", "published", "results"],
     1: ["model", "loss", "exchange", "gradients", "statistics"],
     2: ["auxk", "step", "optim", "checkpoint", "formats", "data", "dead", "metrics"],
     3: ["train", "evaluate", "explore", "study", "scaling"],
@@ -24,9 +24,10 @@ LAYER = {room: layer for layer, rooms in ROOMS_OF_LAYER.items() for room in room
 
 # The few imports within a layer: importer -> imported. Any room may import errors.
 SIDEWAYS = {
-    "parallel": {"config", "console"},
-    "published": {"files"},
+    "parallel": {"config", "console", "launch"},
+    "published": {"files", "tensor_files"},
     "results": {"files"},
+    "tensor_files": {"files"},
     "model": {"exchange"},
     "step": {"auxk"},
     "train": {"evaluate"},

@@ -13,14 +13,14 @@ from tests.data.tiny import make_corpus
 from topkapi import checkpoint
 from topkapi.cli import main
 from topkapi.config import ModelConfig
-from topkapi.errors import TopkapiError
+from topkapi.errors import Interrupted, TopkapiError
 from topkapi.evaluate import evaluate, evaluate_all
 from topkapi.files import write_json
 from topkapi.results import HELD_OUT
 from topkapi.sweep import POINTS, SETTINGS, Point, read, read_settings, running
 from topkapi.sweep.grid import Grid
 from topkapi.sweep.running import divide, print_table, sweep, training_flops
-from topkapi.train import NOT_FINITE, Interrupted, Trainer, load_run, open_text, train
+from topkapi.train import NOT_FINITE, Trainer, load_run, open_text, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -23,10 +23,10 @@ from topkapi.config import LossConfig, ModelConfig, OptimConfig, to_dict
 from topkapi.data.activations import LiveBlocks
 from topkapi.data.batches import ShuffledBatches
 from topkapi.data.pipeline import BatchesAhead
-from topkapi.errors import TopkapiError
+from topkapi.errors import Interrupted, TopkapiError
 from topkapi.model import Working
 from topkapi.parallel import ALONE
-from topkapi.train import Interrupted, Trainer, _warn_of_loss, load_run, saved_config, train
+from topkapi.train import Trainer, _warn_of_loss, load_run, saved_config, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -31,6 +31,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from topkapi.console import console
 from topkapi.errors import TopkapiError
+from topkapi.launch import launched, speaks
 
 T = TypeVar("T")
 Arrays = tuple[np.ndarray, ...]
@@ -295,16 +296,6 @@ def _later(work: dist.Work, out: Tensor) -> Callable[[], Tensor]:
 
 
 ALONE = Mesh()
-
-
-def launched() -> bool:
-    """Whether torchrun, or another launcher that sets the same variables, started several processes."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def speaks() -> bool:
-    """Whether this process is the one to say what all of them would say."""
-    return not launched() or os.environ.get("RANK", "0") == "0"
 
 
 def device_of(device_type: str) -> torch.device:

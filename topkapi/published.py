@@ -8,7 +8,8 @@ from torch import Tensor
 
 import topkapi
 from topkapi.errors import TopkapiError, command_line
-from topkapi.files import load_tensors, read_json, require_shape, save_tensors, sha256, write_atomic, write_json
+from topkapi.files import read_json, require_shape, sha256, write_atomic, write_json
+from topkapi.tensor_files import load_tensors, save_tensors
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 SHAPE = {

@@ -39,14 +39,15 @@ from topkapi.data.language_model import LanguageModel
 from topkapi.data.pipeline import open_batches
 from topkapi.data.tokens import Splits, tokenize
 from topkapi.dead import DeadCounter
-from topkapi.errors import TopkapiError, command_line
+from topkapi.errors import Interrupted, TopkapiError, command_line
 from topkapi.files import lock, remove_leftovers, require_shape, sha256_json, write_text_atomic
+from topkapi.launch import launched
 from topkapi.loss import LossTerms, mse_scale
 from topkapi.metrics import MetricsLog, NoLog, require
 from topkapi.model import OF_LATENTS, PARAMETERS, Autoencoder, Working
 from topkapi.ops.normalise import normalise
 from topkapi.optim import Optimizer, learning_rate
-from topkapi.parallel import ALONE, Mesh, device_of, launched, open_mesh
+from topkapi.parallel import ALONE, Mesh, device_of, open_mesh
 from topkapi.results import METRICS
 from topkapi.step import relu_step, topk_step
 
@@ -59,14 +60,6 @@ NOT_FINITE = "not_finite.txt"  # in the folder of a run that was left behind: wh
 SECOND_SIGNAL_AFTER = 2.0  # seconds: a launcher and a terminal may both pass on what was one
 MOST_LOST = 0.01  # share of the k largest latents that shards may lose without a warning: ten times what is planned
 SAMPLE_TOKENS = 32_768  # for the geometric median, the encoder's scale and the loss's constant
-
-
-class Interrupted(BaseException):
-    """A signal asked to stop; everything up to the last step is saved. No Exception: it is no error."""
-
-    def __init__(self, signal_number: int, state: str = "no step was done; run the same command again") -> None:
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}: {state}.")
-        self.signal_number = signal_number
 
 
 class NotFinite(TopkapiError):

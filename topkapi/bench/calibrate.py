@@ -14,8 +14,8 @@ from statistics import median
 
 import torch
 
-from topkapi.bench import BenchOptions, bench
 from topkapi.bench.cases import Case
+from topkapi.bench.running import BenchOptions, bench
 from topkapi.bench.timing import measure
 from topkapi.console import say
 from topkapi.errors import command_line

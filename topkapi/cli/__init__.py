@@ -26,8 +26,8 @@ from topkapi.cli.reading import (
 )
 from topkapi.cli.training import demo_command, sweep_command, train_command
 from topkapi.console import console, say
-from topkapi.errors import TopkapiError
-from topkapi.parallel import launched, speaks
+from topkapi.errors import Interrupted, TopkapiError
+from topkapi.launch import launched, speaks
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": demo_command,
@@ -80,8 +80,6 @@ def _run(arguments: list[str]) -> int:
         print(topkapi.__version__)
         return 0
     name, *rest = arguments
-    from topkapi.train import Interrupted
-
     try:
         if name not in COMMANDS:
             raise TopkapiError(f"no command {name!r}. Commands: {', '.join(COMMANDS)}.")

@@ -15,7 +15,7 @@ from topkapi.cli.parsing import parse, variant
 from topkapi.console import say
 from topkapi.errors import TopkapiError
 from topkapi.files import require_writable, write_text_atomic
-from topkapi.parallel import launched, speaks
+from topkapi.launch import launched, speaks
 from topkapi.plotting import require_matplotlib
 from topkapi.scaling.quantities import parse_size
 
@@ -136,7 +136,7 @@ def bench_command(arguments: Sequence[str]) -> None:
     """topkapi bench [gpu|cpu|tiny] [--option value ...]: time a training step, its parts and other projects' steps."""
     import torch
 
-    from topkapi.bench import BenchOptions, bench
+    from topkapi.bench.running import BenchOptions, bench
 
     on_cuda = torch.cuda.is_available()
     name, options = ("gpu" if on_cuda else "cpu"), arguments

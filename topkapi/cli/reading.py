@@ -13,7 +13,6 @@ from topkapi.config import EvalConfig, StudyConfig
 from topkapi.console import say
 from topkapi.errors import TopkapiError
 from topkapi.files import require_writable
-from topkapi.parallel import open_mesh
 from topkapi.plotting import require_matplotlib
 
 Metric = Literal[
@@ -188,13 +187,13 @@ class FiguresOptions:
 
 def eval_command(arguments: Sequence[str]) -> None:
     """topkapi eval RUN [--all] [--metrics NAME ...] [--tokens N]: measure a run on held-out text."""
-    from topkapi.evaluation import Asked, evaluate_run, print_table
-    from topkapi.train import saved_config
-
     if not arguments or {"-h", "--help"} & set(arguments):
         parse(EvalOptions, "topkapi eval RUN", ["--help"], EvalOptions(config=EvalConfig()))
     name, *options = arguments
     require_run_first("eval", name)
+    from topkapi.evaluation import Asked, evaluate_run, print_table
+    from topkapi.train import saved_config
+
     run = Path(name)
     default = EvalOptions(config=saved_config(run).eval)
     command = parse(EvalOptions, f"topkapi eval {run}", options, default)
@@ -207,13 +206,14 @@ def eval_command(arguments: Sequence[str]) -> None:
 
 def study_command(arguments: Sequence[str]) -> None:
     """topkapi study RUN --tokens N [--out FOLDER]: the complete sparse code of held-out text, into RUN/study."""
+    run, command = run_and_options("study", arguments, StudyOptions, "out")
     from topkapi.demo import peak_memory
+    from topkapi.parallel import open_mesh
     from topkapi.scaling.quantities import bytes_text
     from topkapi.study import write_study
     from topkapi.study.layout import STUDY, bytes_of, read_header
     from topkapi.train import device_type, load_run, open_text, warn_if_changed
 
-    run, command = run_and_options("study", arguments, StudyOptions, "out")
     started, (ae, config) = time.monotonic(), load_run(run)
     with open_mesh(1, device_type(config)) as mesh:
         mesh = mesh.apart()  # whose collectives wait as long as rank 0 takes to write
@@ -231,10 +231,10 @@ def study_command(arguments: Sequence[str]) -> None:
 
 def find_command(arguments: Sequence[str]) -> None:
     """topkapi find RUN --prompt TEXT --positive " he" --negative " she": the latents behind a prediction."""
-    from topkapi.explore.finding import find_in_run
-
     run, options = run_and_options("find", arguments, FindOptions)
     require_writable("--json", options.json)
+    from topkapi.explore.finding import find_in_run
+
     find_in_run(
         run,
         options.prompt,
@@ -250,10 +250,10 @@ def find_command(arguments: Sequence[str]) -> None:
 
 def steer_command(arguments: Sequence[str]) -> None:
     """topkapi steer RUN --prompt TEXT --clamp LATENT=5x [--count REGEX]: text with latents changed, beside without."""
-    from topkapi.explore.writing import Sampling, pattern_of, steer_run
-
     run, options = run_and_options("steer", arguments, SteerOptions)
     require_writable("--json", options.json)
+    from topkapi.explore.writing import Sampling, pattern_of, steer_run
+
     kinds = ("clamp", "bound", "scale", "add", "ablate")
     steer_run(
         run,
@@ -272,23 +272,17 @@ def steer_command(arguments: Sequence[str]) -> None:
 
 def view_command(arguments: Sequence[str]) -> None:
     """topkapi view RUN [--study FOLDER] [--port 8000]: look at a run's latents in a browser."""
+    run, command = run_and_options("view", arguments, ViewOptions, "study")
     try:
         from topkapi.viewer.serve import view
     except ModuleNotFoundError as error:
         raise TopkapiError(f"the viewer needs more packages ({error}): pip install 'topkapi[viewer]'.") from None
 
-    run, command = run_and_options("view", arguments, ViewOptions, "study")
     view(run, command.study, command.host, command.port, command.model, command.open)
 
 
 def export_command(arguments: Sequence[str]) -> None:
     """topkapi export RUN OUT [--examples N]: the same page as files, for any static host, into the folder OUT."""
-    try:
-        from topkapi.viewer.export import export
-        from topkapi.viewer.serve import open_for
-    except ModuleNotFoundError as error:
-        raise TopkapiError(f"the viewer needs more packages ({error}): pip install 'topkapi[viewer]'.") from None
-
     words = [*arguments]
     is_named = len(words) > 1 and not any(word.startswith("-") for word in words[:2])
     out = words.pop(1) if is_named else ""
@@ -298,6 +292,12 @@ def export_command(arguments: Sequence[str]) -> None:
     if command.examples < 1:
         raise TopkapiError(f"--examples must be 1 or more; got {command.examples}.")
     require_writable("OUT", out, is_folder=True)
+    try:
+        from topkapi.viewer.export import export
+        from topkapi.viewer.serve import open_for
+    except ModuleNotFoundError as error:
+        raise TopkapiError(f"the viewer needs more packages ({error}): pip install 'topkapi[viewer]'.") from None
+
     export(run, open_for(run, command.study), Path(out), command.examples, command.votes)
 
 

@@ -11,7 +11,6 @@ from topkapi.cli.parsing import parse, variant
 from topkapi.config import TrainConfig
 from topkapi.console import say
 from topkapi.errors import TopkapiError, command_line
-from topkapi.published import CONFIG
 from topkapi.recipes import RECIPES
 from topkapi.sweep.grid import Grid, require_undecided
 
@@ -63,21 +62,13 @@ class Demo:
 
 def train_command(arguments: Sequence[str]) -> None:
     """topkapi train RECIPE_OR_RUN [--field value ...]: train an autoencoder, or several side by side."""
-    from topkapi.train import saved_config, train
-
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_train_help())
         return
     name, *options = arguments
-    if name in RECIPES:
-        default = Train(config=RECIPES[name](), run=Path("runs") / name)
-    elif name and (Path(name) / CONFIG).exists():
-        default = Train(config=saved_config(Path(name)), run=Path(name))
-    else:
-        raise TopkapiError(
-            f"no recipe or run {name!r}. Recipes: {', '.join(RECIPES)}; a run is a folder with {CONFIG}."
-        )
-    command = parse(Train, f"topkapi train {name}", options, default)
+    command = parse(Train, f"topkapi train {name}", options, _start(name))
+    from topkapi.train import train
+
     configs, runs = [command.config], [command.run]
     if command.variants:
         configs = [variant(command.config, text) for text in command.variants]
@@ -86,10 +77,20 @@ def train_command(arguments: Sequence[str]) -> None:
     say(f"finished: {', '.join(map(str, runs))}. Evaluate: {command_line('eval', runs[0])}")
 
 
+def _start(name: str) -> Train:
+    """What the options of `topkapi train` change: a recipe, or the config of a run. Raises TopkapiError for others."""
+    if name in RECIPES:
+        return Train(config=RECIPES[name](), run=Path("runs") / name)
+    from topkapi.published import CONFIG
+    from topkapi.train import saved_config
+
+    if name and (Path(name) / CONFIG).exists():
+        return Train(config=saved_config(Path(name)), run=Path(name))
+    raise TopkapiError(f"no recipe or run {name!r}. Recipes: {', '.join(RECIPES)}; a run is a folder with {CONFIG}.")
+
+
 def sweep_command(arguments: Sequence[str]) -> None:
     """topkapi sweep RECIPE --out FOLDER --n-latents N ... --k K ...: train and evaluate a grid, into FOLDER."""
-    from topkapi.sweep.running import print_table, sweep
-
     name, *options = arguments or ["--help"]
     if name in ("-h", "--help"):
         name, options = "demo", ["--help"]
@@ -100,14 +101,16 @@ def sweep_command(arguments: Sequence[str]) -> None:
     default = Sweep(config=recipe, grid=Grid.of(recipe), out=Path("runs") / f"sweep-{name}")
     command = parse(Sweep, f"topkapi sweep {name}", options, default)
     require_undecided(command.config, recipe)
+    from topkapi.sweep.running import print_table, sweep
+
     print_table(sweep(command.config, command.grid, command.out, command.together))
 
 
 def demo_command(arguments: Sequence[str]) -> None:
     """topkapi demo [--field value ...]: train, evaluate and show a small one on a real language model."""
+    command = parse(Demo, "topkapi demo", arguments)
     from topkapi.demo import demo
 
-    command = parse(Demo, "topkapi demo", arguments)
     demo(command.config, command.run)
 
 

@@ -24,7 +24,7 @@ import topkapi
 from topkapi import checkpoint
 from topkapi.config import TrainConfig, differences, from_dict, to_dict
 from topkapi.console import say
-from topkapi.errors import TopkapiError
+from topkapi.errors import Interrupted, TopkapiError
 from topkapi.evaluate import evaluate_all
 from topkapi.files import lock, remove_leftovers, write_json, write_text_atomic
 from topkapi.metrics import require
@@ -37,7 +37,6 @@ from topkapi.sweep import POINTS, SETTINGS, Point, ordered, read, read_settings
 from topkapi.sweep.grid import Grid, Variant, shared
 from topkapi.train import (
     NOT_FINITE,
-    Interrupted,
     NotFinite,
     Source,
     device_type,
