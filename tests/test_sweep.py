@@ -17,7 +17,7 @@ from topkapi.errors import Interrupted, TopkapiError
 from topkapi.evaluate import evaluate, evaluate_all
 from topkapi.files import write_json
 from topkapi.results import HELD_OUT
-from topkapi.sweep import POINTS, SETTINGS, Point, read, read_settings, running
+from topkapi.sweep import POINTS, SETTINGS, Point, read, read_settings, running, shared_config
 from topkapi.sweep.grid import Grid
 from topkapi.sweep.running import divide, print_table, sweep, training_flops
 from topkapi.train import NOT_FINITE, Trainer, load_run, open_text, train
@@ -318,6 +318,9 @@ def test_the_reader_names_what_is_wrong(swept, tmp_path):
     write_json(tmp_path / SETTINGS, {"shared": {}, "identity": {}})
     with pytest.raises(TopkapiError, match=r"Sweep: .*sweep.json has no variants"):
         read_settings(tmp_path)
+    write_json(tmp_path / SETTINGS, {"shared": {"tokens": 0}, "identity": {}, "variants": {}})
+    with pytest.raises(TopkapiError, match=r"sweep.json: TrainConfig.tokens must be at least 1; got 0"):
+        shared_config(tmp_path)
 
 
 def test_flops_of_topk_and_baselines(tiny_config):

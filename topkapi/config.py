@@ -421,6 +421,14 @@ def to_dict(config: Any) -> dict[str, Any]:
     }
 
 
+def from_file(cls: type, values: Mapping[str, Any], path: Path) -> Any:
+    """As `from_dict`, of values that are part of a file; what is raised names the file."""
+    try:
+        return from_dict(cls, values)
+    except TopkapiError as error:
+        raise TopkapiError(f"{path}: {error}") from None
+
+
 def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
     """The inverse of `to_dict`. Fields that are missing, as an older version did not have them, take their defaults.
 

@@ -31,7 +31,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from topkapi import checkpoint, published
-from topkapi.config import TrainConfig, absent, cache_folder, differences, from_dict, to_dict
+from topkapi.config import TrainConfig, absent, cache_folder, differences, from_file, to_dict
 from topkapi.console import console, progress, say
 from topkapi.data.activations import CachedBlocks, LiveBlocks
 from topkapi.data.batches import ShuffledBatches, part_of_batch
@@ -539,10 +539,7 @@ def _config_of(run: Path, values: dict[str, Any] | None) -> TrainConfig:
         _say_once(
             f"{run}: saved by an older version, without {', '.join(names)}; defaults, which do as it did, are used."
         )
-    try:
-        return from_dict(TrainConfig, values)
-    except TopkapiError as error:
-        raise TopkapiError(f"{run / published.CONFIG}: {error}") from None
+    return from_file(TrainConfig, values, run / published.CONFIG)
 
 
 @cache  # a command reads a run's config more than once

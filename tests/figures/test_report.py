@@ -16,7 +16,7 @@ from tests.figures.synthetic import write_sweep
 from topkapi.cli.parsing import parse
 from topkapi.cli.reading import EvalOptions, StudyOptions
 from topkapi.cli.training import Sweep, Train
-from topkapi.config import EvalConfig, StudyConfig
+from topkapi.config import EvalConfig, StudyConfig, TrainConfig, from_dict
 from topkapi.figures import commands, report, sources
 from topkapi.figures.canvas import Canvas, styled
 from topkapi.figures.figure import Figure, LeftOut
@@ -146,7 +146,7 @@ def test_commands_make_the_same_settings(tmp_path):
     assert given.run == run
     (settings,) = [one.settings for one in sources.read_folders([run])]
     assert sources._flat(sources.read_config(run)["training"]) == settings
-    assert given.config == commands.from_dict(type(base), sources.read_config(run)["training"])
+    assert given.config == from_dict(TrainConfig, sources.read_config(run)["training"])
 
 
 def test_studies_and_evaluations_are_commands(tmp_path):

@@ -22,7 +22,7 @@ from tests.data.tiny import make_corpus
 from tests.study.conftest import TOKENS, finished
 from topkapi.cli import main
 from topkapi.errors import TopkapiError
-from topkapi.files import write_json
+from topkapi.files import read_json, write_json
 from topkapi.parallel import Mesh
 from topkapi.study import writer
 from topkapi.train import open_text
@@ -270,6 +270,11 @@ def test_a_study_that_was_killed_before_its_first_block_goes_on(trained, tmp_pat
         with pytest.raises(TypeError):
             trained.study(tmp_path)
     assert {"progress.json", "positions.bin"} <= contents(tmp_path).keys()
+    whole = read_json(tmp_path / "progress.json", "Study")
+    write_json(tmp_path / "progress.json", whole | {"n_rows": None})
+    with pytest.raises(TopkapiError, match=r"progress.json has no n_rows, or another thing in its place. Delete"):
+        trained.study(tmp_path)
+    write_json(tmp_path / "progress.json", whole)
     trained.study(tmp_path).verify()
 
 

@@ -10,12 +10,12 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from topkapi.config import EvalConfig, TrainConfig, from_dict
+from topkapi.config import EvalConfig, TrainConfig, from_file
 from topkapi.evaluate.measures import MEASURES
 from topkapi.figures.sources import Run
-from topkapi.published import read_config
+from topkapi.published import CONFIG, read_config
 from topkapi.recipes import RECIPES
-from topkapi.sweep import SETTINGS, read_settings
+from topkapi.sweep import SETTINGS, read_settings, shared_config
 from topkapi.sweep.grid import shared
 
 AXES = ("seeds", "k", "l1_coefficient", "n_latents", "decoder_norm", "lr", "sparsity")
@@ -26,10 +26,9 @@ def commands(folders: Sequence[Path], runs: Sequence[Run]) -> list[str]:
     lines = []
     for folder in folders:
         if (folder / SETTINGS).exists():
-            saved = read_settings(folder)
-            lines += _sweep(folder, from_dict(TrainConfig, saved["shared"]), list(saved["variants"].values()))
+            lines += _sweep(folder, shared_config(folder), list(read_settings(folder)["variants"].values()))
         else:
-            lines.append(_train(folder, from_dict(TrainConfig, read_config(folder)["training"])))
+            lines.append(_train(folder, from_file(TrainConfig, read_config(folder)["training"], folder / CONFIG)))
     for run in runs:
         if run.study is not None:
             lines.append(shlex.join(["topkapi", "study", str(run.folder), *_study(run)]))

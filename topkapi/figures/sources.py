@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from topkapi.config import TrainConfig, from_dict, to_dict
+from topkapi.config import TrainConfig, from_file, to_dict
 from topkapi.errors import TopkapiError
 from topkapi.published import CONFIG, WEIGHTS, read_config
 from topkapi.results import read_counts, read_evaluation, read_metrics
 from topkapi.study.layout import PROGRESS, STUDY
 from topkapi.study.reader import Study, open_study
-from topkapi.sweep import SETTINGS, Point, read, read_settings
+from topkapi.sweep import SETTINGS, Point, read, read_settings, shared_config
 
 # Settings that change nothing in what is learnt.
 BESIDES = (
@@ -205,7 +205,7 @@ def _read_sweep(folder: Path) -> list[Run]:
         if (folder / name / CONFIG).exists():
             runs.append(_read_run(folder / name, point))
         elif point is not None:
-            shared = _flat(settings["shared"])
+            shared = _flat(to_dict(shared_config(folder)))
             runs.append(Run(name, folder / name, shared | _settings_of(point), asdict(point), True, _facts(point)))
     return runs
 
@@ -216,10 +216,7 @@ def _read_run(folder: Path, point: Point | None) -> Run:
         raise TopkapiError(f"{folder} holds an autoencoder, but not the settings of its training: it is no run folder.")
     metrics = asdict(point) if point else read_evaluation(folder) or {}
     metrics = {name: value for name, value in metrics.items() if not isinstance(value, dict)}
-    try:
-        settings = _flat(to_dict(from_dict(TrainConfig, config["training"])))
-    except TopkapiError as error:
-        raise TopkapiError(f"{folder / CONFIG}: {error}") from None
+    settings = _flat(to_dict(from_file(TrainConfig, config["training"], folder / CONFIG)))
     sizes = config.get("autoencoder", config)
     facts = {"d_model": sizes.get("d_model")} | {name: config.get(name) for name in ("topkapi_version", "commit")}
     return Run(folder.resolve().name, folder, settings, metrics, point is not None, facts)

@@ -39,7 +39,7 @@ from topkapi.data.tokens import TokenFile
 from topkapi.errors import TopkapiError
 from topkapi.evaluate import spread_contexts
 from topkapi.evaluate.reconstruction import CHUNK_ELEMENTS
-from topkapi.files import lock, read_json, remove_leftovers, sync, write_arrays, write_atomic, write_json
+from topkapi.files import lock, read_json, remove_leftovers, require_shape, sync, write_arrays, write_atomic, write_json
 from topkapi.model import Autoencoder
 from topkapi.parallel import ALONE, Arrays, Mesh
 from topkapi.study.invert import candidates, invert, offsets_of, thin, write_array
@@ -66,6 +66,8 @@ PIECE_ENTRIES = 2**22  # of the code, appended at once: all of a block unless it
 SAVE_SECONDS = 10.0
 MOST_TOKENS = 2**32  # rows and positions are uint32
 MOMENTS = ("n_fired", "sums", "sum_squares", "maxima")
+DONE = ("n_contexts", "n_rows", "n_written", "inverted")
+PROGRESS_SHAPE = {"identity": dict, "state": str, "sha256": str, **dict.fromkeys(DONE, int)}
 
 
 class Code(NamedTuple):
@@ -353,7 +355,7 @@ class _Writer:
         self.saved = time.monotonic()
 
     def _write_progress(self, state: str, checksum: str) -> None:
-        facts = {name: getattr(self, name) for name in ("n_contexts", "n_rows", "n_written", "inverted")}
+        facts = {name: getattr(self, name) for name in DONE}
         write_json(self.folder / PROGRESS, {"identity": self.identity, "state": state, "sha256": checksum, **facts})
 
     def _require_free(self) -> None:
@@ -366,7 +368,9 @@ class _Writer:
                 )
 
     def _load(self) -> None:
-        facts = read_json(self.folder / PROGRESS, WHAT, f"Delete {self.folder} and run again.")
+        remedy = f"Delete {self.folder} and run again."
+        facts = read_json(self.folder / PROGRESS, WHAT, remedy)
+        require_shape(facts, PROGRESS_SHAPE, self.folder / PROGRESS, WHAT, remedy)
         require_same(self.folder, self.identity, facts["identity"])
         if not facts["n_contexts"]:
             return
@@ -376,7 +380,7 @@ class _Writer:
         with np.load(path) as arrays:
             self.moments = Moments(*(arrays[name] for name in MOMENTS))
             self.n_entries = arrays["n_entries"]
-        for name in ("n_contexts", "n_rows", "n_written", "inverted"):
+        for name in DONE:
             setattr(self, name, facts[name])
         say(f"{self.folder}: going on after {self.n_rows:,} tokens.")
 

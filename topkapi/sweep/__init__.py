@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from topkapi.config import is_of
+from topkapi.config import TrainConfig, from_file, is_of
 from topkapi.errors import TopkapiError
 from topkapi.files import read_file, read_json, require_shape
 from topkapi.results import parsed
@@ -87,6 +87,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
     shape = {"shared": dict, "identity": dict, "variants": {"*": dict}}
     require_shape(settings, shape, folder / SETTINGS, "Sweep", remedy)
     return settings
+
+
+def shared_config(folder: Path) -> TrainConfig:
+    """The settings that a sweep's points share. Raises TopkapiError if sweep.json is damaged, or of another version."""
+    return from_file(TrainConfig, read_settings(folder)["shared"], folder / SETTINGS)
 
 
 def ordered(points: list[Point]) -> list[Point]:

@@ -22,7 +22,7 @@ from rich.table import Table
 
 import topkapi
 from topkapi import checkpoint
-from topkapi.config import TrainConfig, differences, from_dict, to_dict
+from topkapi.config import TrainConfig, differences, to_dict
 from topkapi.console import say
 from topkapi.errors import Interrupted, TopkapiError
 from topkapi.evaluate import evaluate_all
@@ -33,7 +33,7 @@ from topkapi.published import CONFIG, WEIGHTS
 from topkapi.scaling.memory import total, weights_and_state
 from topkapi.scaling.quantities import bytes_text, count_text
 from topkapi.scaling.shapes import Job
-from topkapi.sweep import POINTS, SETTINGS, Point, ordered, read, read_settings
+from topkapi.sweep import POINTS, SETTINGS, Point, ordered, read, read_settings, shared_config
 from topkapi.sweep.grid import Grid, Variant, shared
 from topkapi.train import (
     NOT_FINITE,
@@ -151,7 +151,7 @@ def _require_ours(folder: Path, base: TrainConfig) -> None:
         if folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
             raise TopkapiError(f"{folder} holds something else than a sweep. Name another folder with --out.")
         return
-    theirs = from_dict(TrainConfig, read_settings(folder)["shared"])
+    theirs = shared_config(folder)
     if lines := differences(shared(base), theirs):
         raise TopkapiError(
             f"{folder} holds another sweep ({'; '.join(lines)}; given against saved). Give the same settings to go on "
