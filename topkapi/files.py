@@ -58,6 +58,14 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def expanded(path: str) -> Path:
+    """A path with ~ and ~NAME replaced by home folders; where there is no such NAME, as it is: no file then."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def require_writable(what: str, path: Path | str, is_folder: bool = False) -> None:
     """Raise TopkapiError if the file (or folder) of an option cannot be written: to be called before long work.
 

@@ -37,7 +37,7 @@ from topkapi.data.activations import CachedBlocks, LiveBlocks
 from topkapi.data.batches import ShuffledBatches, part_of_batch
 from topkapi.data.language_model import LanguageModel
 from topkapi.data.pipeline import open_batches
-from topkapi.data.tokens import Splits, tokenize
+from topkapi.data.tokens import Splits, require_apart, tokenize
 from topkapi.dead import DeadCounter
 from topkapi.errors import Interrupted, TopkapiError, command_line
 from topkapi.files import lock, remove_leftovers, require_shape, sha256_json, write_text_atomic
@@ -577,7 +577,7 @@ def _check_mesh(config: TrainConfig, mesh: Mesh) -> None:
 
 
 def _check_run(config: TrainConfig, run: Path, resume: bool) -> None:
-    """Refuse to write over a run, or to resume one with other settings."""
+    """Refuse to write over a run, to resume one with other settings, or to begin one of a text that is there twice."""
     exists = (run / published.CONFIG).exists()
     if exists and not resume:
         raise TopkapiError(f"{run} holds a run already. Continue it with --resume, or name another folder with --run.")
@@ -589,6 +589,7 @@ def _check_run(config: TrainConfig, run: Path, resume: bool) -> None:
                 f"{run} holds something else than a run, and training would write over its {', '.join(theirs)}. Name "
                 "another folder with --run."
             )
+        require_apart(config.data.corpora)
         return
     saved = saved_config(run)
     d_model = published.read_config(run)["autoencoder"]["d_model"]

@@ -24,6 +24,7 @@ from topkapi.sweep import POINTS, SETTINGS
 from topkapi.viewer import app, overview, runs
 from topkapi.viewer.answers import to_json
 from topkapi.viewer.app import create_app
+from topkapi.viewer.export import export
 from topkapi.viewer.opened import Opened
 
 DAMAGED = [
@@ -275,6 +276,38 @@ def test_what_is_read_at_opening_is_verified_and_stays_as_it_was(run, study, cli
         os.truncate(run / "study" / f"{name}.bin", 0)
     assert [client.get(f"/api/{path}").json() for path in paths] == before
     assert ask(client, f"/api/latent/{i + 1}/examples") == 200
+
+
+@pytest.mark.usefixtures("all_mapped")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy
+@pytest.mark.parametrize("name", ["latent_rows", "latent_offsets", "latent_values", "row_offsets", "indices"])
+def test_what_is_asked_of_a_damaged_latent_is_told(run, name):
+    path, told = run / "study" / f"{name}.bin", {}
+    fired = np.flatnonzero(topkapi.study.open(run / "study", run).n_fired).tolist()
+    for seed in range(4):
+        exchange(path, np.random.default_rng(seed).bytes(path.stat().st_size))
+        study = topkapi.study.open(run / "study", run)
+        for i in fired:
+            try:
+                study.latent(i).coactive()
+            except TopkapiError as error:
+                told[seed, i] = str(error)
+    assert len(told) == 4 * len(fired)
+    assert all("is damaged" in said for said in told.values())
+
+
+@pytest.mark.usefixtures("all_mapped")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy
+def test_a_damaged_study_is_not_exported(run, tmp_path, capsys):
+    for name in topkapi.study.open(run / "study", run).arrays:
+        path = run / "study" / f"{name}.bin"
+        content = path.read_bytes()
+        exchange(path, np.random.default_rng(0).bytes(len(content)))
+        with pytest.raises(TopkapiError):
+            export(run, topkapi.study.open(run / "study", run), tmp_path / "site", 2, votes=False)
+        assert not (tmp_path / "site").exists()
+        exchange(path, content)
+    capsys.readouterr()
 
 
 @pytest.mark.usefixtures("all_mapped")

@@ -2,7 +2,7 @@
 
 Seen to fail when: its file is trusted without its checksum; the identity leaves out the study's files; the strongest
 firing of a range is looked for in the range before; the firings are kept while modes are counted; sums of
-squares are not compared with those of the study.
+squares are not compared with those of the study; mapped files are not verified before it is kept.
 """
 
 import json
@@ -102,6 +102,19 @@ def test_nothing_is_made_or_kept_of_damaged_firings(study, texts, capsys):
     values.tofile(path)
     index = Index(topkapi.study.open(study.folder, study.run))
     with pytest.raises(TopkapiError, match=r"latent_values\.bin is damaged"):
+        index.build(lambda: texts, Event())
+    assert index.facts()["state"] == "failed"
+    assert not (study.folder / FILE).exists()
+    capsys.readouterr()
+
+
+@pytest.mark.usefixtures("all_mapped")
+@pytest.mark.parametrize(("name", "dtype"), [("tokens", "<u2"), ("latent_rows", "<u4")])
+def test_no_index_is_kept_of_files_whose_damage_shows_in_no_sum(study, texts, capsys, name, dtype):
+    path = study.folder / f"{name}.bin"
+    np.fromfile(path, dtype)[::-1].tofile(path)
+    index = Index(topkapi.study.open(study.folder, study.run))
+    with pytest.raises(TopkapiError, match=rf"{name}\.bin is damaged"):
         index.build(lambda: texts, Event())
     assert index.facts()["state"] == "failed"
     assert not (study.folder / FILE).exists()

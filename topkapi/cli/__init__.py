@@ -95,6 +95,7 @@ def _run(arguments: list[str]) -> int:
         if not (memory := _exhausted(error)):
             raise
         advice = "Lower --model.n-latents or --batch-tokens, or see docs/performance.md for what takes less."
+        advice = advice if name in ("demo", "train", "sweep") else "Ask for less at a time, or use a machine with more."
         say(f"topkapi: {_where(error)}out of {memory}. {advice}")
         return 2
     except BrokenPipeError:  # whoever read our output has seen enough
@@ -123,7 +124,8 @@ def _exhausted(error: MemoryError | RuntimeError) -> str:
 
     if isinstance(error, OutOfMemoryError):
         return "GPU memory"
-    return "memory" if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error) else ""
+    of_cpu = ("DefaultCPUAllocator", "Storage size calculation overflowed")  # torch's own, which are RuntimeErrors
+    return "memory" if isinstance(error, MemoryError) or any(words in str(error) for words in of_cpu) else ""
 
 
 def _explain(error: OSError) -> str:

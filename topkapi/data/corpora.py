@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from topkapi.errors import TopkapiError
+from topkapi.files import expanded
 
 
 def documents(corpus: str) -> Iterator[str]:
@@ -53,20 +54,24 @@ def version(corpus: str) -> list[list[str | int]]:
     elif scheme == "jsonl":
         paths = [_jsonl_path_and_field(rest)[0]]
     else:
-        paths = sorted(p for p in Path(rest.split(":")[0]).expanduser().rglob("*") if p.is_file())
+        paths = sorted(p for p in expanded(rest.split(":")[0]).rglob("*") if p.is_file())
     stats = [(path, path.stat()) for path in paths if path.exists()]
     return [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
 
 
-def texts(corpus: str) -> list[tuple[str, ...]]:
-    """What the corpus is made of: its files, of JSONL with the field, or its name where it has none of its own."""
+def texts(corpus: str) -> list[tuple[str, str]]:
+    """What the corpus is made of: files, packages or splits of data sets, each with its field; "" for the whole."""
     scheme, _, rest = corpus.partition(":")
     if scheme == "text":
-        return [(str(path.resolve()),) for path in _matches(rest)]
+        return [(str(path.resolve()), "") for path in _matches(rest)]
     if scheme == "jsonl":
         path, field = _jsonl_path_and_field(rest)
         return [(str(path.resolve()), field)]
-    return [(corpus,)]
+    if scheme == "hf":
+        dataset, split, field = _hugging_face_parts(rest)
+        folder = expanded(dataset)
+        return [(f"{folder.resolve() if folder.exists() else dataset}, split {split}", field)]
+    return [(corpus, "")]
 
 
 def _package_folder(corpus: str) -> Path:
@@ -113,7 +118,7 @@ def _read(path: Path) -> str:
 
 def _matches(pattern: str) -> list[Path]:
     # Path.glob takes no absolute pattern.
-    found = glob.glob(str(Path(pattern).expanduser()), recursive=True)  # noqa: PTH207
+    found = glob.glob(str(expanded(pattern)), recursive=True)  # noqa: PTH207
     return sorted(path for path in map(Path, found) if path.is_file())
 
 
@@ -126,10 +131,10 @@ def _text(pattern: str) -> Iterator[str]:
 
 
 def _jsonl_path_and_field(rest: str) -> tuple[Path, str]:
-    path = Path(rest).expanduser()
+    path = expanded(rest)
     if ":" in rest and not path.exists():
         head, _, field = rest.rpartition(":")
-        return Path(head).expanduser(), field
+        return expanded(head), field
     return path, "text"
 
 
@@ -165,11 +170,15 @@ def _field(row: dict[str, Any], field: str, where: str) -> str:
     return row[field]
 
 
-def _hugging_face(rest: str) -> Iterator[str]:
+def _hugging_face_parts(rest: str) -> list[str]:
     parts = rest.split(":")
     if len(parts) > 3:
         raise TopkapiError(f"Corpus 'hf:{rest}' has too many parts: hf:DATASET[:SPLIT[:FIELD]].")
-    dataset, split, field = parts + ["train", "text"][len(parts) - 1 :]
+    return parts + ["train", "text"][len(parts) - 1 :]
+
+
+def _hugging_face(rest: str) -> Iterator[str]:
+    dataset, split, field = _hugging_face_parts(rest)
     if importlib.util.find_spec("datasets") is None:
         raise TopkapiError(f"Corpus 'hf:{rest}' needs the package datasets: pip install datasets")
     for number, row in enumerate(_rows(dataset, split), start=1):
@@ -180,8 +189,8 @@ def _rows(dataset: str, split: str) -> Iterator[dict[str, Any]]:
     import datasets
 
     path, configuration = dataset, None
-    if Path(dataset).expanduser().exists():
-        path = str(Path(dataset).expanduser())
+    if expanded(dataset).exists():
+        path = str(expanded(dataset))
     elif dataset.count("/") == 2:
         path, _, configuration = dataset.rpartition("/")
     # datasets raises dozens of types, from its own to those of aiohttp, pyarrow and fsspec.

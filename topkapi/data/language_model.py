@@ -31,7 +31,7 @@ from topkapi.console import say
 from topkapi.data.gguf_models import converted, gguf_in_package
 from topkapi.data.transfer import to_device
 from topkapi.errors import TopkapiError
-from topkapi.files import sha256_json
+from topkapi.files import expanded, sha256_json
 
 SUBMODULES = {
     "attn_out": ("self_attn", "attn", "attention", "self_attention", "linear_attn"),
@@ -318,7 +318,7 @@ def find_source(name: str) -> Source:
         package = name.removeprefix("pip:")
         with quiet():
             return Source(str(converted(gguf_in_package(package), package)), is_local=True)
-    path = Path(name).expanduser()
+    path = expanded(name)
     if name.endswith(".gguf"):
         with quiet():
             return Source(str(converted(path, path.stem)), is_local=True)

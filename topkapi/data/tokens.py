@@ -24,7 +24,7 @@ from jaxtyping import Int, Int64, UInt
 from torch import Tensor
 
 from topkapi.config import DataConfig, cache_folder
-from topkapi.console import progress
+from topkapi.console import progress, say
 from topkapi.data.corpora import documents, texts, version
 from topkapi.data.folders import new_folder
 from topkapi.data.language_model import quiet
@@ -105,9 +105,10 @@ def tokenize(config: DataConfig, tokenizer: Any, tokenizer_name: str) -> Splits:
     max_tokens, held_out and the tokenizer's whole vocabulary.
 
     Raises:
-        TopkapiError: a corpus cannot be read, two are of the same text, or a split holds fewer tokens than one context.
+        TopkapiError: a corpus cannot be read, or a split holds fewer tokens than one context.
     """
-    _require_apart(config.corpora)
+    if told := _doubled(config.corpora):
+        say(f"warning: {told} What is measured on held-out text is better than on new text.")
     key = {
         "format": FORMAT,
         "corpora": [[corpus, version(corpus)] for corpus in config.corpora],
@@ -134,16 +135,26 @@ def separator_id(tokenizer: Any) -> int | None:
     return tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
 
 
-def _require_apart(corpora: tuple[str, ...]) -> None:
-    """Raise TopkapiError where two corpora are of the same text: documents would be held out and trained on too."""
-    found: dict[tuple[str, ...], str] = {}
+def require_apart(corpora: tuple[str, ...]) -> None:
+    """Raise TopkapiError where two corpora are of the same text: ask before a run begins. Those that have begun go on
+    and are read, with a warning."""
+    if told := _doubled(corpora):
+        raise TopkapiError(f"{told} Give each text once.")
+
+
+def _doubled(corpora: tuple[str, ...]) -> str:
+    """Which two corpora are of the same text, in a sentence; "" where none are."""
+    found: dict[str, list[tuple[str, str]]] = {}  # of each text, the fields that corpora take, and which corpora
     for corpus in corpora:
-        for text in texts(corpus):
-            if (other := found.setdefault(text, corpus)) != corpus or corpora.count(corpus) > 1:
-                raise TopkapiError(
-                    f"Corpora {other!r} and {corpus!r} both have {text[0]}, so that documents would be held out and "
-                    "trained on too. Give each text once."
-                )
+        for text, field in texts(corpus):
+            for theirs, other in found.get(text, ()):
+                if field == theirs or "" in (field, theirs):
+                    return (
+                        f"Corpora {other!r} and {corpus!r} both have {text}, so that documents are held out and "
+                        "trained on too."
+                    )
+            found.setdefault(text, []).append((field, corpus))
+    return ""
 
 
 def _require_a_context(name: str, n_tokens: int, config: DataConfig) -> None:

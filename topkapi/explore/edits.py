@@ -55,7 +55,7 @@ class Edit:
             if not abs(number) <= LARGEST_VALUE:  # NaN too
                 raise TopkapiError(
                     f"latent {self.latent}: {self.kind} takes values from {-LARGEST_VALUE:g} to {LARGEST_VALUE:g}; got "
-                    f"{number:g}. Give a few times the latent's maximum at most."
+                    f"{number}. Give a few times the latent's maximum at most."
                 )
         if (self.kind == "bound") != (self.high is not None):
             raise TopkapiError(

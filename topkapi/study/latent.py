@@ -78,6 +78,8 @@ class Latent:
         same = len(self.values) == self.n_fired and largest == maximum
         if not (same or (self.study.reservoir and self.is_sample and largest <= maximum)):
             self._damaged("latent_values", "latent_offsets")
+        if self.rows.max(initial=0) >= self.study.n_tokens:
+            self._damaged("latent_rows", "latent_offsets")
 
     def _damaged(self, name: str, other: str) -> NoReturn:
         state = f"damaged, or {other}.bin is: what is there of latent {self.i} is not what was counted"
@@ -194,6 +196,8 @@ class Latent:
             rows = self.rows[start : start + ROWS_AT_ONCE].astype(np.int64)
             begin = offsets[rows]
             length = offsets[rows + 1] - begin
+            if min(begin.min(), length.min()) < 0 or (begin + length).max() > len(indices):
+                self._damaged("row_offsets", "latent_rows")
             ends = np.cumsum(length)
             entries = np.arange(ends[-1]) + np.repeat(begin - ends + length, length)
             found = indices[entries]

@@ -145,6 +145,11 @@ class Arrays(Mapping[str, np.ndarray]):
             )
         return array
 
+    @property
+    def mapped(self) -> bool:
+        """Whether there are any whose checksum was not seen."""
+        return bool(self._paths)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._arrays)
 

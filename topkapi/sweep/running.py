@@ -24,6 +24,7 @@ import topkapi
 from topkapi import checkpoint
 from topkapi.config import TrainConfig, differences, to_dict
 from topkapi.console import say
+from topkapi.data.tokens import require_apart
 from topkapi.errors import Interrupted, TopkapiError
 from topkapi.evaluate import evaluate_all
 from topkapi.files import lock, remove_leftovers, write_json, write_text_atomic
@@ -150,6 +151,7 @@ def _require_ours(folder: Path, base: TrainConfig) -> None:
     if not (folder / SETTINGS).exists():
         if folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
             raise TopkapiError(f"{folder} holds something else than a sweep. Name another folder with --out.")
+        require_apart(base.data.corpora)
         return
     theirs = shared_config(folder)
     if lines := differences(shared(base), theirs):

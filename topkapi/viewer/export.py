@@ -16,7 +16,7 @@ from topkapi.errors import TopkapiError
 from topkapi.study import Study
 from topkapi.viewer import examples, latents, runs
 from topkapi.viewer.answers import to_json
-from topkapi.viewer.app import STATIC
+from topkapi.viewer.app import OF_DAMAGE, STATIC
 from topkapi.viewer.model_api import LIMITS
 from topkapi.viewer.opened import Opened
 
@@ -31,8 +31,8 @@ def export(run: Path, study: Study, out: Path, n_examples: int, votes: bool) -> 
     With `votes` the language model is loaded for the tokens that latents vote for. Memory: one file's latents.
 
     Raises:
-        TopkapiError: `out` holds anything but an earlier export; no such run, a study of another one; votes are wanted
-            and the language model does not load.
+        TopkapiError: `out` holds anything but an earlier export; no such run, a study of another one, or a damaged
+            one; votes are wanted and the language model does not load.
     """
     _require_free(out)
     out = out.absolute()  # "." has no name to put another beside
@@ -44,7 +44,11 @@ def export(run: Path, study: Study, out: Path, n_examples: int, votes: bool) -> 
         shutil.copytree(STATIC, temporary)
         page = temporary / "index.html"
         page.write_text(page.read_text(encoding="utf-8").replace(LIVE, EXPORTED, 1), encoding="utf-8")
-        _write(opened, temporary / "api", n_examples)
+        try:
+            _write(opened, temporary / "api", n_examples)
+        except OF_DAMAGE:
+            study.verify()
+            raise
         if out.exists():
             shutil.rmtree(out)
         temporary.rename(out)

@@ -63,7 +63,7 @@ class Index:
     def facts(self) -> dict[str, Any]:
         """How far it is."""
         return {
-            "state": "ready" if self.is_ready else "failed" if self.why else "building",
+            "state": "failed" if self.why else "ready" if self.is_ready else "building",
             "done": self.done,
             "total": self.study.n_latents,
         }
@@ -74,6 +74,8 @@ class Index:
             if not self._load() and self._read_firings(texts, stop):
                 self.version += 1
                 if self._count_modes(stop):
+                    if self.study.arrays.mapped:
+                        self.study.verify()  # or what was made of damaged files would stay when they are mended
                     self._save()
         except Exception as error:
             self.why = str(error) or type(error).__name__
