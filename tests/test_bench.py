@@ -63,7 +63,8 @@ def test_parts_say_what_they_must_move(one_thread):
 
 def test_the_tiny_suite_runs_and_writes_tables(tmp_path, capsys, one_thread):
     out = tmp_path / "bench"
-    assert main(["bench", "tiny", "--rounds", "3", "--seconds", "0.01", "--profile", "--out", str(out)]) == 0
+    options = ["--device", "cpu", "--rounds", "3", "--seconds", "0.01", "--profile"]
+    assert main(["bench", "tiny", *options, "--out", str(out)]) == 0
     shown = capsys.readouterr()
     assert "whole step" in shown.out
     assert "Everything is in" in shown.err
